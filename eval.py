@@ -1,0 +1,59 @@
+"""Evaluates a checkpoint of train.py on the test split of its data set.
+
+python eval.py --weights runs/demo/tar/last.pth [--json FILE]
+"""
+
+import argparse
+import sys
+from argparse import Namespace
+
+from tar import UserError, checkpoint
+from tar.data import load_dataset
+from tar.runs import changed
+from tar.tables import class_table, markdown
+from train import measure, set_up
+
+
+def parser():
+    """The command line of eval.py; what is not given is taken from the checkpoint's own settings."""
+    p = argparse.ArgumentParser(
+        description="Evaluate a checkpoint of train.py: AP, AP50, AP75 and, for voc, VOC's mAP."
+    )
+    p.add_argument("--weights", required=True, metavar="FILE", help="checkpoint, the last.pth of a run")
+    p.add_argument("--data-path", metavar="DIR", help="folder of the data (default: as in training)")
+    p.add_argument("--limit-test", type=int, metavar="N", help="test images; 0: all (default: as in training)")
+    p.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in training)")
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
+    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), help="precision (default: as in training)")
+    p.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda where there is one")
+    p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's choice")
+    p.add_argument("--json", metavar="FILE", help="write the figures there too")
+    return p
+
+
+def main(argv=None):
+    given = parser().parse_args(argv)
+    try:
+        model, saved = checkpoint.load_detector(given.weights)
+        flags = {k: v for k, v in vars(given).items() if v is not None}
+        args = Namespace(**{"data_path": "data", "voc_years": ["2007"], **saved["settings"], **flags})
+        machine = set_up(args)
+        limits = {"limit_train": 1, "limit_test": args.limit_test}
+        _, test_set = load_dataset(args.dataset, args.data_path, args.voc_years, **limits)
+        if list(test_set.classes) != saved["classes"]:
+            raise UserError(f"{given.weights} knows {saved['classes']}, but the data's classes are {test_set.classes}")
+        metrics = measure(model.to(machine.device), changed(args), test_set, machine)
+        per_class = metrics.pop("per_class")
+        machine.say(f"{given.weights}: {len(test_set)} test images of {args.dataset}, {machine.amp} autocast\n")
+        machine.say(markdown(["figure", "percent"], [[k, v] for k, v in metrics.items()]))
+        machine.say("\n" + class_table(per_class))
+        if given.json and machine.main:
+            about = {"weights": given.weights, "dataset": args.dataset, "split": "test", "test_images": len(test_set)}
+            checkpoint.save_json(given.json, {**about, **metrics, "per_class": per_class})
+    except UserError as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Detections to figures: COCO's AP by pycocotools, VOC's mAP by its development kit's rules."""
+
+import contextlib
+import io
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from tar.data import make_loader, test_batches, to_device
+
+
+def voc_ap(recall, precision, use_07_metric):
+    """Average precision of a recall-precision curve by PASCAL VOC's rules.
+
+    Args:
+        recall, precision: float [N], by falling score; recall does not fall. N may be 0.
+        use_07_metric: True for the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC 2007); False for the
+            area under the curve made monotone (VOC 2010 on).
+
+    Returns:
+        float in [0, 1].
+    """
+    recall, precision = np.asarray(recall, dtype=float), np.asarray(precision, dtype=float)
+    if use_07_metric:
+        return float(np.mean([precision[recall >= k / 10].max(initial=0.0) for k in range(11)]))
+    recall = np.concatenate([[0.0], recall, [1.0]])
+    precision = np.concatenate([[0.0], precision, [0.0]])
+    best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or beyond
+    return float(np.sum(np.diff(recall) * best[1:]))
+
+
+def voc_curve(results, label):
+    """Recall and precision of one class at IoU 0.5, as VOC's development kit counts.
+
+    By falling score, a detection is right if the box of its class that it overlaps most is overlapped by 0.5 or
+    more and not taken yet; a difficult box counts neither as found nor as missed nor as wrong.
+
+    Args:
+        results: list of dicts, see detect().
+        label: the class, from 1.
+
+    Returns:
+        recall, precision: float [detections not ignored]; both empty where there are none. None where the class has
+        no box that counts.
+    """
+    scores, right, wrong, total = [], [], [], 0
+    for r in results:
+        mine = r["gt_labels"] == label
+        truth, ignored = r["gt_boxes"][mine], r["gt_ignored"][mine]
+        total += int((~ignored).sum())
+        found = r["labels"] == label
+        order = np.argsort(-r["scores"][found], kind="stable")
+        boxes, taken = r["boxes"][found][order], np.zeros(len(truth), dtype=bool)
+        scores.append(r["scores"][found][order])
+        overlap = _iou(boxes, truth)
+        for i in range(len(boxes)):
+            best = int(overlap[i].argmax()) if len(truth) else -1
+            hit = best >= 0 and overlap[i, best] >= 0.5
+            free = hit and not ignored[best] and not taken[best]
+            right.append(free)
+            wrong.append(not free and not (hit and ignored[best]))
+            if free:
+                taken[best] = True
+    if total == 0:
+        return None
+    order = np.argsort(-np.concatenate(scores), kind="stable") if scores else np.zeros(0, dtype=int)
+    right, wrong = np.array(right, dtype=bool)[order], np.array(wrong, dtype=bool)[order]
+    counts = right | wrong
+    right = np.cumsum(right[counts])
+    return right / total, right / np.arange(1, len(right) + 1)
+
+
+def _iou(a, b):
+    """Pairwise IoU: [N, 4], [M, 4] xyxy -> [N, M]."""
+    corner0 = np.maximum(a[:, None, :2], b[None, :, :2])
+    corner1 = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    overlap = (corner1 - corner0).clip(0).prod(2)
+    union = (a[:, 2:] - a[:, :2]).prod(1)[:, None] + (b[:, 2:] - b[:, :2]).prod(1)[None] - overlap
+    return overlap / np.maximum(union, 1e-9)
+
+
+def voc_metrics(results, classes):
+    """VOC's mAP at IoU 0.5 over the classes that occur.
+
+    Returns:
+        {"voc07": percent by the 11-point rule, "voc_area": percent by area,
+         "per_class": {name: {"voc07": percent or None, "voc_area": percent or None}}}.
+    """
+    per_class = {}
+    for label, name in enumerate(classes, 1):
+        curve = voc_curve(results, label)
+        rules = {"voc07": True, "voc_area": False}
+        per_class[name] = {key: None if curve is None else 100 * voc_ap(*curve, rule) for key, rule in rules.items()}
+    means = {}
+    for key in ("voc07", "voc_area"):
+        known = [row[key] for row in per_class.values() if row[key] is not None]
+        means[key] = float(np.mean(known)) if known else None
+    return {**means, "per_class": per_class}
+
+
+def coco_metrics(results, classes):
+    """COCO's AP by pycocotools. Ignored boxes count as crowds: no reward, no penalty.
+
+    Returns:
+        {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large": percent or None,
+         "per_class": {name: {"AP": percent or None, "AP50": ...}}}.
+    """
+    images, truth, found = [], [], []
+    for r in results:
+        images.append({"id": r["image_id"]})
+        rows = zip(r["gt_boxes"].tolist(), r["gt_labels"].tolist(), r["gt_ignored"].tolist(), strict=True)
+        truth += [_coco_box(len(truth) + i, r, box, label, int(crowd)) for i, (box, label, crowd) in enumerate(rows, 1)]
+        rows = zip(r["boxes"].tolist(), r["labels"].tolist(), r["scores"].tolist(), strict=True)
+        found += [
+            {**_coco_box(len(found) + i, r, box, label, 0), "score": score}
+            for i, (box, label, score) in enumerate(rows, 1)
+        ]
+    categories = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        pair = []
+        for annotations in (truth, found):
+            coco = COCO()
+            coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+            coco.createIndex()
+            pair.append(coco)
+        run = COCOeval(*pair, iouType="bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+    metrics = {name: _percent(run.stats[i]) for i, name in enumerate(names)}
+    precision = run.eval["precision"][:, :, :, 0, -1]  # [IoU thresholds, recalls, classes], all areas, 100 detections
+    per_class = {}
+    for k, name in enumerate(classes):
+        known = precision[:, :, k]
+        per_class[name] = {"AP": _percent(known.mean()), "AP50": _percent(known[0].mean())}
+    return {**metrics, "per_class": per_class}
+
+
+def _coco_box(number, result, box, label, crowd):
+    x0, y0, x1, y1 = box
+    area = (x1 - x0) * (y1 - y0)
+    where = {"id": number, "image_id": result["image_id"], "category_id": label}
+    return {**where, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": crowd}
+
+
+def _percent(value):
+    return None if value < 0 else 100 * float(value)
+
+
+@torch.inference_mode()
+def detect(model, source, device, batch_size=1, workers=0, rank=0, world=1, progress=iter):
+    """Runs a detector over a test source, this process's share of the images.
+
+    Returns:
+        list of dicts of numpy arrays: image_id; gt_boxes [N, 4], gt_labels [N], gt_ignored bool [N]; boxes [D, 4],
+        labels [D], scores [D]; boxes xyxy in pixels of the image.
+    """
+    was_training = model.training
+    model.eval()
+    results = []
+    batches = test_batches(len(source), batch_size, rank, world)
+    for images, targets in progress(make_loader(source, False, batches, workers=workers)):
+        for target, found in zip(targets, model(to_device(images, [], device)[0]), strict=True):
+            truth = {f"gt_{key}": target[key].numpy() for key in ("boxes", "labels", "ignored")}
+            found = {
+                key: found[key].float().cpu().numpy() if key != "labels" else found[key].cpu().numpy() for key in found
+            }
+            results.append({"image_id": target["image_id"], **truth, **found})
+    model.train(was_training)
+    return results
+
+
+def evaluate(model, source, device, voc=False, batch_size=1, workers=0, progress=iter):
+    """The figures of a detector on a test source; under torch.distributed the processes share the images.
+
+    Args:
+        voc: VOC's two rules as well.
+
+    Returns:
+        coco_metrics(), with voc_metrics() merged into it where voc; the same dict on every process.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    results = detect(model, source, device, batch_size, workers, rank, world, progress)
+    if world > 1:
+        shares = [None] * world
+        dist.all_gather_object(shares, results)
+        results = sorted((r for share in shares for r in share), key=lambda r: r["image_id"])
+    metrics = coco_metrics(results, source.classes)
+    if voc:
+        extra = voc_metrics(results, source.classes)
+        rows = extra.pop("per_class")
+        metrics = {**metrics, **extra}
+        metrics["per_class"] = {name: {**row, **rows[name]} for name, row in metrics["per_class"].items()}
+    return metrics
+
+
+@torch.inference_mode()
+def latency(model, source, device, autocast, images=20):
+    """Milliseconds a detector takes for one image at batch 1, from pixels to boxes: the median over some images."""
+    model.eval()
+    seconds = []
+    for index in range(min(images + 3, len(source))):
+        batch, _ = to_device([source.load(0, index)[0]], [], device)
+        started = time.perf_counter()
+        with autocast:
+            scores = model(batch)[0]["scores"]
+        scores.cpu()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 1000 * float(np.median(seconds[3:] or seconds))  # the first are warm-up

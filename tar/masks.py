@@ -1,0 +1,68 @@
+"""Where the backbone level imitates: a weight for every cell of every pyramid level (METHOD section 2)."""
+
+import torch
+
+MASKS = ("gaussian", "box", "full")
+
+
+def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
+    """The paper's Gaussian mask, sampled at the cell centres ((i + 0.5) * stride).
+
+        M(x, y) = exp(-(x - x0)^2 / (s2 (w/2)^2) - (y - y0)^2 / (s2 (h/2)^2))  inside the box, 0 outside;
+
+    the maximum where boxes overlap.
+
+    Args:
+        boxes: float [N, 4] xyxy in pixels of the resized image; N may be 0.
+        height, width: cells of the level.
+        stride: pixels of the resized image from cell to cell.
+        sigma2: s2, the variance in units of the box's half sides squared (a choice: 2).
+
+    Returns:
+        float [height, width] in 0..1.
+    """
+    if len(boxes) == 0:
+        return boxes.new_zeros(height, width)
+    columns, rows = _profiles(boxes, height, width, stride, sigma2)
+    return (rows[:, :, None] * columns[:, None, :]).amax(0)
+
+
+def box_mask(boxes, height, width, stride):
+    """1 at the cell centres inside any box, 0 elsewhere; arguments as gaussian_mask."""
+    return (gaussian_mask(boxes, height, width, stride, sigma2=float("inf")) > 0).to(boxes.dtype)
+
+
+def _profiles(boxes, height, width, stride, sigma2):
+    """The two factors of every box's Gaussian: along x float [N, width] and along y float [N, height]."""
+    profiles = []
+    for low, high, cells in ((boxes[:, 0], boxes[:, 2], width), (boxes[:, 1], boxes[:, 3], height)):
+        at = (torch.arange(cells, device=boxes.device, dtype=boxes.dtype) + 0.5) * stride
+        centre, half = (low + high)[:, None] / 2, (high - low)[:, None] / 2
+        inside = (at >= low[:, None]) & (at <= high[:, None]) & (half > 0)
+        exponent = (at - centre).square() / (sigma2 * half.clamp(min=1e-6).square())
+        profiles.append(torch.exp(-exponent) * inside)
+    return profiles
+
+
+def pyramid_masks(targets, features, strides, kind="gaussian", sigma2=2.0):
+    """The masks of a batch.
+
+    Args:
+        targets: list of B dicts with boxes float [N, 4] xyxy in pixels of the resized image.
+        features: list of L tensors [B, C, H_l, W_l], for their sizes.
+        strides: of the L levels, pixels of the resized image.
+        kind: one of MASKS: gaussian (the paper's), box (1 inside boxes), full (1 everywhere, the naive imitation).
+
+    Returns:
+        list of L tensors [B, H_l, W_l].
+    """
+    masks = []
+    for level, stride in zip(features, strides, strict=True):
+        height, width = level.shape[-2:]
+        if kind == "full":
+            masks.append(level.new_ones(len(targets), height, width))
+        elif kind == "box":
+            masks.append(torch.stack([box_mask(t["boxes"], height, width, stride) for t in targets]))
+        else:
+            masks.append(torch.stack([gaussian_mask(t["boxes"], height, width, stride, sigma2) for t in targets]))
+    return masks

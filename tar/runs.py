@@ -1,0 +1,88 @@
+"""A run's folder: config.json, log.jsonl, last.pth and result.json, and what tells one run from another."""
+
+import hashlib
+import json
+from argparse import Namespace
+from pathlib import Path
+
+from tar import UserError, checkpoint
+
+# Flags that do not change what a run computes.
+INCIDENTAL = {"output", "device", "threads", "workers", "download", "log_every", "no_backbone", "no_cls", "no_reg"}
+# Flags that mean nothing to some runs.
+DISTILLATION = {"teacher", "teacher_weights", "weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2"}
+DISTILLATION |= {"cls_gate", "reg_gate", "decay"}
+FILES = {"data_path", "voc_years"}
+
+
+def changed(args, **changes):
+    """A copy of the flags with some of them changed."""
+    return Namespace(**{**vars(args), **changes})
+
+
+def settings_of(args, machine):
+    """Everything that decides what a run computes: {flag: plain value}."""
+    left_out = INCIDENTAL | (set() if args.teacher else DISTILLATION) | (FILES if args.dataset == "shapes" else set())
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
+    return {**settings, "amp": machine.amp, "images_per_step": args.batch_size * machine.world}
+
+
+def run_name(args, machine):
+    """A folder's name made of the settings: readable in front, a digest of all of them behind."""
+    data = args.dataset if args.dataset == "shapes" else Path(args.data_path).resolve().name
+    model = f"{args.student}-tar-{args.teacher}" if args.teacher else args.student
+    digest = hashlib.sha256(json.dumps(settings_of(args, machine), sort_keys=True).encode()).hexdigest()[:6]
+    return f"{data}-{args.detector}-{model}-{args.epochs}e-seed{args.seed}-{digest}"
+
+
+def open_run(output, settings, main):
+    """Makes the folder of a run, or finds it.
+
+    Args:
+        output: the folder.
+        settings: of the run that is to be done.
+        main: whether this process writes.
+
+    Returns:
+        result.json's dict if the run has ended, else None.
+
+    Raises:
+        UserError: the folder holds a run of other settings, or cannot be written.
+    """
+    config = output / "config.json"
+    if config.is_file():
+        before = read_json(config)
+        other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+        if other:
+            shown = ", ".join(f"{k} {before.get(k)} (now {settings.get(k)})" for k in other[:3])
+            raise UserError(f"{config}: a run of other settings is there: {shown}; give another --output, or remove it")
+        if (output / "result.json").is_file():
+            return read_json(output / "result.json")
+    elif main:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            checkpoint.save_json(config, settings)
+        except OSError as error:
+            raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+    return None
+
+
+def read_json(path):
+    """A JSON file's value; UserError names the file if it is broken or missing."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+
+
+def append_line(path, value):
+    """Adds one value to a file of JSON lines."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def trim_log(path, epoch):
+    """Takes the lines of epochs after the given one off a log: the run goes on from there and writes them again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] <= epoch]
+        path.write_text("".join(line + "\n" for line in lines))

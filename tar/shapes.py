@@ -1,0 +1,186 @@
+"""The embedded data set: shapes drawn from a seed, the same pixels on every machine, no files.
+
+Twelve classes of very similar outlines (pentagon and hexagon, circle and ellipse, ...), so that telling them
+apart is the hard part, on textured backgrounds, at sizes from 1/10 to 2/3 of the image, with overlap, clutter,
+low contrast and noise. Training images are fresh in every epoch: none is seen twice, so a large detector is
+not punished for its size by over-fitting, and the teacher is better than the student as in the paper's setting.
+
+Only integers and the four IEEE operations are drawn with (no libm, no normal deviates), hence bit-equal pixels.
+"""
+
+import numpy as np
+import torch
+
+CLASSES = (
+    "circle",
+    "ellipse",
+    "ring",
+    "semicircle",
+    "triangle",
+    "square",
+    "rectangle",
+    "pentagon",
+    "hexagon",
+    "pentagram",
+    "hexagram",
+    "cross",
+)
+SIDE = 96  # pixels
+RADII = (6.0, 26.0)  # pixels: half the largest extent of a shape
+MAX_OBJECTS = 8
+MIN_VISIBLE = 0.4  # share of a shape's pixels; one hidden further than that is not annotated
+CONTRAST = 60  # least distance of a shape's colour from its surroundings, in grey levels
+
+# Outward normals of regular polygons, rounded so that no machine's cosine matters.
+_NORMALS = {
+    n: np.stack([np.cos(2 * np.pi * np.arange(n) / n), np.sin(2 * np.pi * np.arange(n) / n)]).round(9)
+    for n in (3, 5, 6)
+}
+
+
+def _half_planes(u, v, sides):
+    """Distances of the points (u, v) from the centre along the normals of a regular polygon: [sides, H, W]."""
+    normals = _NORMALS[sides]
+    return normals[0][:, None, None] * u + normals[1][:, None, None] * v
+
+
+def inside(name, u, v):
+    """Which points belong to a shape.
+
+    Args:
+        name: one of CLASSES.
+        u, v: float arrays of one shape; coordinates in which the shape fits the unit disc.
+
+    Returns:
+        bool array of the same shape.
+    """
+    square_radius = u * u + v * v
+    disc = square_radius <= 1
+    if name == "circle":
+        return disc
+    if name == "ellipse":
+        return u * u + 2.6 * v * v <= 1
+    if name == "ring":
+        return disc & (square_radius >= 0.25)
+    if name == "semicircle":
+        return (u * u + (v + 0.4) * (v + 0.4) <= 1) & (v >= -0.4)
+    if name == "triangle":
+        return _half_planes(u, v, 3).max(0) <= 0.5
+    if name == "square":
+        return np.maximum(abs(u), abs(v)) <= 0.72
+    if name == "rectangle":
+        return (abs(u) <= 0.88) & (abs(v) <= 0.5)
+    if name == "pentagon":
+        return _half_planes(u, v, 5).max(0) <= 0.81
+    if name == "hexagon":
+        return _half_planes(u, v, 6).max(0) <= 0.87
+    if name == "pentagram":  # outside at most one of the five lines through its points
+        return ((_half_planes(u, v, 5) > 0.33).sum(0) <= 1) & disc
+    if name == "hexagram":  # two triangles
+        return np.minimum(_half_planes(u, v, 3).max(0), (-_half_planes(u, v, 3)).max(0)) <= 0.5
+    if name == "cross":
+        return (np.minimum(abs(u), abs(v)) <= 0.3) & (np.maximum(abs(u), abs(v)) <= 0.92)
+    raise ValueError(f"no shape is called {name!r}")
+
+
+def _upsample(grid, side):
+    """Bilinear enlargement of an int array [g, g, 3] to [side, side, 3] in integers (weights of 1/256)."""
+    cells = grid.shape[0] - 1
+    position = np.arange(side) * cells * 256 // side
+    low, weight = position // 256, position % 256
+    rows = grid[low] * (256 - weight)[:, None, None] + grid[low + 1] * weight[:, None, None]
+    columns = rows[:, low] * (256 - weight)[None, :, None] + rows[:, low + 1] * weight[None, :, None]
+    return columns // 65536
+
+
+def draw(rng, side=SIDE):
+    """One image and its boxes.
+
+    Args:
+        rng: numpy Generator; decides everything.
+        side: pixels of the square image.
+
+    Returns:
+        image uint8 [side, side, 3]; boxes float32 [N, 4] xyxy in pixels, the whole shape's extent inside the
+        image, 0 <= N <= MAX_OBJECTS; labels int64 [N], 1 .. len(CLASSES).
+    """
+    base = rng.integers(40, 216, 3)
+    image = base + _upsample(rng.integers(-40, 41, (5, 5, 3)), side)
+    image += _upsample(rng.integers(-30, 31, (33, 33, 1)).repeat(3, 2), side)
+    owner = np.full((side, side), -1)
+    scale = side / SIDE
+    shapes = []
+    count = int(rng.integers(2, MAX_OBJECTS + 1))
+    for number in range(count + int(rng.integers(0, 4))):  # the shapes, then clutter behind nothing
+        clutter = number >= count
+        ratio = rng.random()
+        radius = scale * (RADII[0] * (1 - ratio * ratio) + RADII[1] * ratio * ratio)
+        if clutter:
+            radius *= 0.6
+        centre_x, centre_y = rng.random(2) * (side - radius) + radius / 2
+        x0, x1 = max(int(centre_x - radius), 0), min(int(centre_x + radius) + 2, side)
+        y0, y1 = max(int(centre_y - radius), 0), min(int(centre_y + radius) + 2, side)
+        x = (np.arange(x0, x1) + 0.5 - centre_x)[None, :] / radius
+        y = (np.arange(y0, y1) + 0.5 - centre_y)[:, None] / radius
+        t = rng.random() * 2 - 1  # a rotation from the rational points of the circle, then a random quadrant
+        cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+        for _ in range(int(rng.integers(0, 4))):
+            cosine, sine = -sine, cosine
+        u, v = cosine * x + sine * y, cosine * y - sine * x
+        label = int(rng.integers(len(CLASSES)))
+        stroke = (abs(v) <= 0.12) & (abs(u) <= 1)  # clutter: an edge like a shape's, but no shape
+        mask = stroke if clutter else inside(CLASSES[label], u, v)
+        window = image[y0:y1, x0:x1]
+        near = window.reshape(-1, 3).mean(0).astype(np.int64)
+        colour = rng.integers(0, 256, 3)
+        while abs(colour - near).max() < CONTRAST:
+            colour = rng.integers(0, 256, 3)
+        fill = np.broadcast_to(colour, window.shape).copy()
+        texture = int(rng.integers(0, 4))
+        if texture == 1:  # stripes
+            fill[((u * 4 + 100) % 1 < 0.5)] += int(rng.integers(-60, 61))
+        elif texture == 2:  # grain
+            fill += rng.integers(-50, 51, (*mask.shape, 1))
+        elif texture == 3:  # see-through
+            fill = (fill + window) // 2
+        window[mask] = fill[mask]
+        owner[y0:y1, x0:x1][mask] = number
+        if not clutter and mask.any():
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = (x0 + columns[0], y0 + rows[0], x0 + columns[-1] + 1, y0 + rows[-1] + 1)
+            shapes.append((number, int(mask.sum()), box, label + 1))
+    image += rng.integers(-16, 17, image.shape)
+    kept = [s for s in shapes if (owner == s[0]).sum() >= MIN_VISIBLE * s[1]]
+    boxes = np.array([s[2] for s in kept], dtype=np.float32).reshape(-1, 4)
+    labels = np.array([s[3] for s in kept], dtype=np.int64)
+    return image.clip(0, 255).astype(np.uint8), boxes, labels
+
+
+class Shapes:
+    """The data set of drawn shapes.
+
+    Args:
+        train: training images are drawn anew for every (seed, epoch, index); test image i is always the same.
+        length: images an epoch.
+        seed: of the training images.
+    """
+
+    classes = CLASSES
+
+    def __init__(self, train, length, seed=0):
+        self.train, self.length, self.seed = train, length, seed
+
+    def __len__(self):
+        return self.length
+
+    def load(self, epoch, index):
+        """Image uint8 [3, SIDE, SIDE], boxes float [N, 4] in pixels, labels int64 [N], ignored bool [N]."""
+        key = (1, self.seed, epoch, index) if self.train else (2, index)
+        image, boxes, labels = draw(np.random.default_rng(key))
+        labels = torch.from_numpy(labels)
+        return (
+            torch.from_numpy(image).permute(2, 0, 1),
+            torch.from_numpy(boxes),
+            labels,
+            torch.zeros_like(labels).bool(),
+        )

@@ -1,0 +1,339 @@
+"""Trains a detector, or distils one from a teacher with task adaptive regularization (arXiv:2006.13108).
+
+    python train.py                                                    the demonstration, nothing needed
+    torchrun --nproc_per_node=8 train.py --teacher r101 --student r50 --dataset voc       the paper's
+
+The file reads from top to bottom: which runs there are to do, then one run: build, wrap in DDP, loop, save.
+"""
+
+import contextlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from tar import UserError, checkpoint, options
+from tar.data import load_dataset, make_loader, to_device, train_batches
+from tar.distill import Step
+from tar.evaluation import evaluate, latency
+from tar.models import build_detector
+from tar.runs import append_line, changed, open_run, read_json, run_name, settings_of, trim_log
+from tar.schedule import decay, learning_rate
+from tar.tables import run_table
+
+
+@dataclass
+class Machine:
+    """Where this process runs: its rank among world processes, its device and the type of the convolutions."""
+
+    rank: int
+    world: int
+    device: torch.device
+    amp: str
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def say(self, text):
+        if self.main:
+            tqdm.write(text)
+
+    def log(self, path, value):
+        if self.main:
+            append_line(path, value)
+
+    def wait(self):
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def autocast(self):
+        if self.amp == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.amp])
+
+    def progress(self, title):
+        """A wrapper for iterables that shows a bar on a terminal."""
+        return lambda batches: tqdm(batches, title, leave=False, disable=not (self.main and sys.stderr.isatty()))
+
+
+def main(argv=None):
+    args = options.parse(argv)
+    try:
+        machine = set_up(args)
+        data = load_dataset(
+            args.dataset, args.data_path, args.voc_years, args.limit_train, args.limit_test, args.seed,
+            args.download and machine.main,
+        )  # fmt: skip
+        report(data, machine)
+        demo(args, data, machine) if args.student is None else distil(args, data, machine)
+    except UserError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def demo(args, data, machine):
+    """Teacher, plain student, distilled student and a plain student of the same cost, and their table."""
+    folder = Path(args.output or "runs/demo")
+    teacher_args = changed(args, student="r18", output=folder / "teacher")
+    plain_args = changed(args, student="r10", output=folder / "plain")
+    tar_args = changed(plain_args, teacher="r18", teacher_weights=folder / "teacher/last.pth", output=folder / "tar")
+    teacher, plain = train(teacher_args, data, machine), train(plain_args, data, machine)
+    distilled = train(tar_args, data, machine)
+    cost = distilled["seconds"] / plain["seconds"]  # a step of the one in steps of the other
+    epochs = max(round(args.epochs * cost), args.epochs)
+    machine.say(f"A distillation step costs {cost:.2f} plain steps: equal cost is {epochs} epochs for {args.epochs}.")
+    equal = train(changed(plain_args, epochs=epochs, output=folder / "plain-equal-cost"), data, machine)
+    rows = {"teacher r18": teacher, "plain r10": plain, "plain r10, equal cost": equal, "TAR r10 from r18": distilled}
+    machine.say("\n" + run_table(rows))
+    verdict = "passes" if distilled["AP"] >= teacher["AP"] else "does not pass"
+    machine.say(f"\nThe student {verdict} its teacher: {distilled['AP']:.1f} AP against {teacher['AP']:.1f}.")
+    machine.say(f"Runs: {folder}. Next: python eval.py --weights {folder / 'tar/last.pth'}")
+
+
+def distil(args, data, machine):
+    """One student, and its teacher first where it has none yet."""
+    rows = {}
+    if args.teacher and not args.teacher_weights:
+        if args.backbone_weights not in ("imagenet", "none"):
+            raise UserError(
+                f"--backbone-weights {args.backbone_weights} fits the student only: train the teacher first "
+                f"(train.py --student {args.teacher} --backbone-weights FILE) and give --teacher-weights"
+            )
+        teacher_args = changed(args, student=args.teacher, teacher=None, output=None)
+        parent = Path(args.output).parent if args.output else Path("runs")
+        teacher_args.output = parent / run_name(teacher_args, machine)
+        machine.say(f"Teacher {args.teacher}: {teacher_args.output}")
+        rows[f"teacher {args.teacher}"] = train(teacher_args, data, machine)
+        args = changed(args, teacher_weights=teacher_args.output / "last.pth")
+    args.output = Path(args.output or Path("runs") / run_name(args, machine))
+    title = f"TAR {args.student} from {args.teacher}" if args.teacher else f"plain {args.student}"
+    rows[title] = train(args, data, machine)
+    machine.say("\n" + run_table(rows))
+    machine.say(f"\nRun: {args.output}. Next: python eval.py --weights {args.output / 'last.pth'}")
+
+
+def train(args, data, machine):
+    """One run, from the flags to result.json; goes on where an earlier one stopped, returns at once if it had ended.
+
+    Args:
+        args: flags with student and output set; with teacher, also teacher_weights.
+        data: the training and the test source.
+
+    Returns:
+        dict: what result.json holds.
+    """
+    train_set, test_set = data
+    output = Path(args.output)
+    settings = settings_of(args, machine)
+    title = f"TAR {args.student} from {args.teacher}" if args.teacher else f"plain {args.student}"
+    result = open_run(output, settings, machine.main)
+    if result:
+        machine.say(f"{title}: {output} has ended, AP {result['AP']:.1f}")
+        return result
+
+    build = options.build_of(args, args.student, len(train_set.classes))
+    torch.manual_seed(args.seed)
+    student = build_detector(**build)
+    levels = options.levels_of(args) if args.teacher else None
+    teacher = load_teacher(args, data, machine) if levels and levels.weights() else None
+    with torch.random.fork_rng():  # the adapters must not change what the student draws
+        step_module = Step(student, levels, teacher.backbone.out_channels if teacher else None)
+    step_module.to(machine.device, memory_format=torch.channels_last).train()
+
+    parameters = [p for p in step_module.parameters() if p.requires_grad]
+    images_per_step = args.batch_size * machine.world
+    base_lr = args.lr * images_per_step / 16
+    optimizer = torch.optim.SGD(parameters, lr=base_lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
+    log = output / "log.jsonl"
+    first_epoch, seconds, metrics = 0, 0.0, {}
+    if (output / "last.pth").is_file():
+        saved = checkpoint.load(output / "last.pth")
+        step_module.load_state_dict(saved["step_module"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        first_epoch, seconds, metrics = saved["epoch"], saved["seconds"], saved["metrics"]
+        machine.say(f"{title}: going on after epoch {first_epoch} of {output / 'last.pth'}")
+    machine.wait()  # every process has read the folder before one writes there
+    if machine.main:
+        trim_log(log, first_epoch)
+    wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
+
+    steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, machine.rank, machine.world))
+    total_steps = args.epochs * steps_per_epoch
+    for epoch in range(first_epoch, args.epochs):
+        batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, machine.rank, machine.world)
+        loader = make_loader(train_set, True, batches, args.seed, args.workers, machine.device.type == "cuda")
+        bar = machine.progress(f"{title} {epoch + 1}/{args.epochs}")(loader)
+        started = since_log = time.perf_counter()
+        sums, summed = {}, 0
+        for i, (images, targets) in enumerate(bar, 1):
+            step = epoch * steps_per_epoch + i - 1
+            # Region sampling draws from a generator seeded by the step: a resumed run needs no generator's state.
+            torch.manual_seed((args.seed * 1_000_003 + step) * machine.world + machine.rank)
+            lr = learning_rate(step, total_steps, base_lr, args.warmup, args.schedule)
+            weight = decay(step, total_steps, args.decay)  # METHOD section 5
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images, targets = to_device(images, targets, machine.device)
+            with machine.autocast():
+                detection, distillation, seen = wrapped(images, targets, teacher if weight > 0 else None)
+            loss = sum(detection.values())
+            if distillation:
+                loss = loss + weight * sum(w * distillation[name] for name, w in levels.weights().items())
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+
+            terms = {"loss": loss, **detection, **distillation, **seen}
+            sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}
+            summed += 1
+            if i % args.log_every == 0 or i == steps_per_epoch:  # the only place that waits for the device
+                means = {name: round(float(value) / summed, 5) for name, value in sums.items()}
+                now = time.perf_counter()
+                rate = summed * images_per_step / (now - since_log)
+                line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
+                machine.log(log, {**line, **means})
+                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+                if not all(map(torch.isfinite, torch.tensor([means["loss"]]))):
+                    bad = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
+                    raise UserError(f"step {step + 1}: {', '.join(bad)} not finite; try a lower --lr or --clip-grad 10")
+                sums, summed, since_log = {}, 0, now
+        seconds += time.perf_counter() - started
+
+        shown = ""
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            if machine.world > 1:  # each process kept batch-norm statistics of its own images: rank 0's count
+                for buffer in student.buffers():
+                    dist.broadcast(buffer, 0)
+            metrics = measure(student, args, test_set, machine)
+            shown = "  " + "  ".join(
+                f"{k} {v:.1f}" for k, v in metrics.items() if k in ("AP", "AP50", "voc07") and v is not None
+            )
+            machine.log(log, {"epoch": epoch + 1, "step": step + 1, "seconds": seconds, "metrics": metrics})
+        if machine.main:
+            state = {"model": student.state_dict(), "step_module": step_module.state_dict(), "build": build}
+            state |= {
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "classes": list(train_set.classes),
+            }
+            state |= {"epoch": epoch + 1, "seconds": seconds, "metrics": metrics, "settings": settings}
+            checkpoint.save(output / "last.pth", state)
+        machine.say(f"{title} {epoch + 1}/{args.epochs}  loss {means['loss']:.3f}{shown}  {rate:.0f} images/s")
+
+    result = {
+        **metrics,
+        "dataset": args.dataset,
+        "split": "test",
+        "test_images": len(test_set),
+        "train_images": len(train_set),
+        "epochs": args.epochs,
+        "seconds": seconds,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "ms_per_image": latency(student, test_set, machine.device, machine.autocast()),
+    }
+    if machine.main:
+        checkpoint.save_json(output / "result.json", result)
+    machine.wait()
+    return result
+
+
+def load_teacher(args, data, machine):
+    """The frozen teacher of a run, after a line that says how good it is.
+
+    Raises:
+        UserError: it is of another detector type, another backbone or other classes than the student.
+    """
+    path = Path(args.teacher_weights)
+    teacher, saved = checkpoint.load_detector(path)
+    for what, mine, its in (
+        ("detector", args.detector, saved["build"]["detector"]),
+        ("--teacher backbone", args.teacher, saved["build"]["backbone"]),
+        ("classes", list(data[0].classes), saved["classes"]),
+    ):
+        if mine != its:
+            raise UserError(f"{path}: the teacher's {what} is {its}, the student's is {mine}: they must be the same")
+    teacher.requires_grad_(False).to(machine.device, memory_format=torch.channels_last)
+    measured = path.parent / "result.json"
+    if (
+        measured.is_file()
+        and read_json(measured)["test_images"] == len(data[1])
+        and saved["settings"]["dataset"] == args.dataset
+    ):
+        machine.say(f"Teacher {path}: AP {read_json(measured)['AP']:.1f} on the test split, as measured in {measured}")
+    else:
+        metrics = measure(teacher, args, data[1], machine)
+        machine.say(
+            f"Teacher {path}: AP {metrics['AP']:.1f}, AP50 {metrics['AP50']:.1f} on the test split, measured now"
+        )
+    return teacher
+
+
+def measure(model, args, test_set, machine):
+    """The figures of a model on the test split, all processes sharing the images."""
+    progress = machine.progress("evaluating")
+    with machine.autocast():
+        return evaluate(model, test_set, machine.device, args.dataset == "voc", args.batch_size, args.workers, progress)
+
+
+def set_up(args):
+    """Joins the other processes if torchrun started this one, and chooses device, precision and threads."""
+    wanted = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = 0, 1
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if wanted.startswith("cuda") else "gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if wanted == "cuda":
+            wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    amp = args.amp
+    if amp == "auto":
+        amp = "bf16" if has_bf16(device) else "none"
+    return Machine(rank, world, device, amp)
+
+
+def has_bf16(device):
+    """Whether the processor multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def report(data, machine):
+    """One line on the data, and one on what was left out of it."""
+    train_set, test_set = data
+    threads = f"{torch.get_num_threads()} threads" if machine.device.type == "cpu" else machine.device
+    machine.say(
+        f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes; "
+        f"{machine.world} x {machine.device.type} ({threads}), {machine.amp} autocast, torch {torch.__version__}"
+    )
+    for name, source in (("training", train_set), ("test", test_set)):
+        dropped = getattr(source, "dropped", [])
+        if dropped:
+            machine.say(
+                f"{len(dropped)} {name} images have boxes of no area, which were dropped: {', '.join(dropped[:5])}"
+            )
+
+
+if __name__ == "__main__":
+    main()
