@@ -54,6 +54,15 @@ class Machine:
         if self.world > 1:
             dist.barrier()
 
+    def in_turn(self, call, *args, **kwargs):
+        """A call by rank 0 first and the others after it: one download, and one line about what is wrong."""
+        if not self.main:
+            self.wait()
+        value = call(*args, **kwargs)
+        if self.main:
+            self.wait()
+        return value
+
     def autocast(self):
         if self.amp == "none":
             return contextlib.nullcontext()
@@ -68,10 +77,9 @@ def main(argv=None):
     args = options.parse(argv)
     try:
         machine = set_up(args)
-        data = load_dataset(
-            args.dataset, args.data_path, args.voc_years, args.limit_train, args.limit_test, args.seed,
-            args.download and machine.main,
-        )  # fmt: skip
+        limits = {"limit_train": args.limit_train, "limit_test": args.limit_test}
+        given = {"seed": args.seed, "download": args.download and machine.main, **limits}
+        data = machine.in_turn(load_dataset, args.dataset, args.data_path, args.voc_years, **given)
         report(data, machine)
         demo(args, data, machine) if args.student is None else distil(args, data, machine)
     except UserError as error:
@@ -143,8 +151,8 @@ def train(args, data, machine):
         return result
 
     build = options.build_of(args, args.student, len(train_set.classes))
-    torch.manual_seed(args.seed)
-    student = build_detector(**build)
+    torch.manual_seed(args.seed)  # every process starts from the same weights
+    student = machine.in_turn(build_detector, **build)
     levels = options.levels_of(args) if args.teacher else None
     teacher = load_teacher(args, data, machine) if levels and levels.weights() else None
     with torch.random.fork_rng():  # the adapters must not change what the student draws
@@ -154,7 +162,10 @@ def train(args, data, machine):
     parameters = [p for p in step_module.parameters() if p.requires_grad]
     images_per_step = args.batch_size * machine.world
     base_lr = args.lr * images_per_step / 16
-    optimizer = torch.optim.SGD(parameters, lr=base_lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, base_lr, args.momentum, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(parameters, base_lr, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
     log = output / "log.jsonl"
     first_epoch, seconds, metrics = 0, 0.0, {}

@@ -14,7 +14,9 @@ RECIPES = {
     "voc": {
         "epochs": 12,
         "batch_size": 2,
+        "optimizer": "sgd",
         "lr": 0.02,
+        "weight_decay": 1e-4,
         "schedule": "step",
         "warmup": 500,
         "clip_grad": 0.0,
@@ -31,7 +33,9 @@ RECIPES = {
     "shapes": {
         "epochs": 6,
         "batch_size": 16,
-        "lr": 0.04,
+        "optimizer": "adamw",
+        "lr": 0.002,
+        "weight_decay": 0.05,
         "schedule": "cosine",
         "warmup": 200,
         "clip_grad": 0.0,
@@ -132,11 +136,12 @@ def parser():
     g = p.add_argument_group("training")
     recipe(g, "--epochs", "passes over the training images", type=_positive, metavar="N")
     recipe(g, "--batch-size", "images a process and step", type=_positive, metavar="N")
+    recipe(g, "--optimizer", "sgd with momentum, or adamw", choices=("sgd", "adamw"))
     recipe(g, "--lr", "learning rate per 16 images a step, scaled linearly with them", type=_weight, metavar="RATE")
     recipe(g, "--schedule", "step drops at 8/12 and 11/12 of the run", choices=SCHEDULES)
     recipe(g, "--warmup", "steps of warm-up", type=_count, metavar="N")
     g.add_argument("--momentum", type=_weight, default=0.9, metavar="M", help="of SGD")
-    g.add_argument("--weight-decay", type=_weight, default=1e-4, metavar="W", help="of SGD")
+    recipe(g, "--weight-decay", "of the optimizer", type=_weight, metavar="W")
     recipe(g, "--clip-grad", "largest norm of the gradient; 0: no limit", type=_weight, metavar="NORM")
     g.add_argument("--seed", type=_count, default=0, help="of weights, order, flips, region sampling and drawn shapes")
     g.add_argument(

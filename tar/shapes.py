@@ -26,10 +26,10 @@ CLASSES = (
     "cross",
 )
 SIDE = 96  # pixels
-RADII = (6.0, 26.0)  # pixels: half the largest extent of a shape
+RADII = (8.0, 28.0)  # pixels: half the largest extent of a shape
 MAX_OBJECTS = 8
 MIN_VISIBLE = 0.4  # share of a shape's pixels; one hidden further than that is not annotated
-CONTRAST = 60  # least distance of a shape's colour from its surroundings, in grey levels
+CONTRAST = 90
 
 # Outward normals of regular polygons, rounded so that no machine's cosine matters.
 _NORMALS = {
@@ -149,7 +149,7 @@ def draw(rng, side=SIDE):
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = (x0 + columns[0], y0 + rows[0], x0 + columns[-1] + 1, y0 + rows[-1] + 1)
             shapes.append((number, int(mask.sum()), box, label + 1))
-    image += rng.integers(-16, 17, image.shape)
+    image += rng.integers(-10, 11, image.shape)
     kept = [s for s in shapes if (owner == s[0]).sum() >= MIN_VISIBLE * s[1]]
     boxes = np.array([s[2] for s in kept], dtype=np.float32).reshape(-1, 4)
     labels = np.array([s[3] for s in kept], dtype=np.int64)
