@@ -163,9 +163,9 @@ def train(args, data, machine):
     images_per_step = args.batch_size * machine.world
     base_lr = args.lr * images_per_step / 16
     if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(parameters, base_lr, args.momentum, weight_decay=args.weight_decay)
+        optimizer = torch.optim.SGD(parameters, base_lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     else:
-        optimizer = torch.optim.AdamW(parameters, base_lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(parameters, base_lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
     log = output / "log.jsonl"
     first_epoch, seconds, metrics = 0, 0.0, {}

@@ -76,9 +76,9 @@ def build_resnet(name, weights="none", norm="batch"):
     if name == "r10":
         if weights == "imagenet":
             raise UserError(f"there are no ImageNet weights for r10: {instead}")
-        resnet = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+        resnet = ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer, zero_init_residual=norm == "batch")
     else:
-        resnet = get_model(BACKBONES[name], weights=None, norm_layer=norm_layer)
+        resnet = get_model(BACKBONES[name], weights=None, norm_layer=norm_layer, zero_init_residual=norm == "batch")
     if weights == "imagenet":
         enum = get_model_weights(BACKBONES[name]).IMAGENET1K_V1
         try:
@@ -144,8 +144,8 @@ def build_detector(
         min_size, max_size: the shorter side is resized to min_size pixels, the longer to no more than max_size.
         rois: regions an image that the box head trains on (25% positive at IoU >= 0.5).
         roi_samples: sampling points a side in each of RoIAlign's 7 x 7 bins.
-        rpn_top_n: proposals kept by the RPN before and after non-maximum suppression in training; half as many
-            (at least 100) in evaluation.
+        rpn_top_n: proposals that the RPN takes from each level before non-maximum suppression, and from the image
+            after it: in training, in evaluation.
 
     Raises:
         UserError: an unknown detector or backbone, or weights that cannot be had.
@@ -164,17 +164,17 @@ def build_detector(
     body = FloatFPN(resnet, {f"layer{i + 1}": str(i) for i in range(4)}, widths, fpn_channels)
     strides = STRIDES[detector]
     anchors = AnchorGenerator(tuple((anchor_scale * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-    before, after = rpn_top_n
+    training, testing = rpn_top_n
     model = FasterRCNN(
         body,
         min_size=min_size,
         max_size=max_size,
         rpn_anchor_generator=anchors,
         rpn_head=FloatRPNHead(fpn_channels, anchors.num_anchors_per_location()[0]),
-        rpn_pre_nms_top_n_train=before,
-        rpn_post_nms_top_n_train=after * 2,
-        rpn_pre_nms_top_n_test=max(before // 2, 100),
-        rpn_post_nms_top_n_test=max(after, 100),
+        rpn_pre_nms_top_n_train=training,
+        rpn_post_nms_top_n_train=training,
+        rpn_pre_nms_top_n_test=testing,
+        rpn_post_nms_top_n_test=testing,
         box_roi_pool=PyramidRoIAlign(
             ["0", "1", "2", "3"], strides[:4], sampling_ratio=roi_samples, canonical_scale=28 * anchor_scale
         ),

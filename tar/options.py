@@ -31,23 +31,23 @@ RECIPES = {
         "workers": min(4, os.cpu_count() or 1),
     },
     "shapes": {
-        "epochs": 6,
-        "batch_size": 16,
+        "epochs": 4,
+        "batch_size": 8,
         "optimizer": "adamw",
-        "lr": 0.002,
+        "lr": 0.004,
         "weight_decay": 0.05,
         "schedule": "cosine",
-        "warmup": 200,
+        "warmup": 100,
         "clip_grad": 0.0,
-        "size": [128, 128],
+        "size": [96, 96],
         "backbone_weights": "none",
         "fpn_channels": 64,
         "head_channels": 256,
         "anchor_scale": 4,
         "rois": 64,
         "roi_samples": 1,
-        "rpn_top_n": [300, 100],
-        "workers": 1,
+        "rpn_top_n": [200, 100],
+        "workers": 0,
     },
 }
 BUILD = ("fpn_channels", "head_channels", "anchor_scale", "rois", "roi_samples", "rpn_top_n")
@@ -105,7 +105,14 @@ def parser():
     recipe(g, "--anchor-scale", "side of an anchor in strides of its level", type=_positive, metavar="N")
     recipe(g, "--rois", "regions an image that the box head trains on", type=_positive, metavar="N")
     recipe(g, "--roi-samples", "RoIAlign's sampling points a side in each of 7 x 7 bins", type=_positive, metavar="N")
-    recipe(g, "--rpn-top-n", "proposals before and after suppression", nargs=2, type=_positive, metavar=("PRE", "POST"))
+    recipe(
+        g,
+        "--rpn-top-n",
+        "proposals kept in training and in evaluation",
+        nargs=2,
+        type=_positive,
+        metavar=("TRAIN", "TEST"),
+    )
 
     d = Levels()
     g = p.add_argument_group("distillation")
