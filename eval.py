@@ -4,14 +4,15 @@ python eval.py --weights runs/demo/tar/last.pth [--json FILE]
 """
 
 import argparse
-import sys
 from argparse import Namespace
 
-from tar import UserError, checkpoint
+import torch
+
+from tar import UserError, checkpoint, fail
 from tar.data import load_dataset
-from tar.runs import changed
+from tar.evaluation import evaluate
+from tar.machine import set_up
 from tar.tables import class_table, markdown
-from train import measure, set_up
 
 
 def parser():
@@ -37,12 +38,22 @@ def main(argv=None):
         model, saved = checkpoint.load_detector(given.weights)
         flags = {k: v for k, v in vars(given).items() if v is not None}
         args = Namespace(**{"data_path": "data", "voc_years": ["2007"], **saved["settings"], **flags})
-        machine = set_up(args)
+        machine = set_up(args.device, args.amp, args.threads)
         limits = {"limit_train": 1, "limit_test": args.limit_test}
         _, test_set = load_dataset(args.dataset, args.data_path, args.voc_years, **limits)
         if list(test_set.classes) != saved["classes"]:
             raise UserError(f"{given.weights} knows {saved['classes']}, but the data's classes are {test_set.classes}")
-        metrics = measure(model.to(machine.device), changed(args), test_set, machine)
+        with machine.autocast():
+            voc, progress = args.dataset == "voc", machine.progress("evaluating")
+            metrics = evaluate(
+                model.to(machine.device, memory_format=torch.channels_last),
+                test_set,
+                machine.device,
+                voc,
+                args.batch_size,
+                args.workers,
+                progress,
+            )
         per_class = metrics.pop("per_class")
         machine.say(f"{given.weights}: {len(test_set)} test images of {args.dataset}, {machine.amp} autocast\n")
         machine.say(markdown(["figure", "percent"], [[k, v] for k, v in metrics.items()]))
@@ -51,8 +62,7 @@ def main(argv=None):
             about = {"weights": given.weights, "dataset": args.dataset, "split": "test", "test_images": len(test_set)}
             checkpoint.save_json(given.json, {**about, **metrics, "per_class": per_class})
     except UserError as error:
-        print(f"eval.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("eval.py", error)
 
 
 if __name__ == "__main__":

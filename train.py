@@ -6,85 +6,36 @@
 The file reads from top to bottom: which runs there are to do, then one run: build, wrap in DDP, loop, save.
 """
 
-import contextlib
-import os
-import sys
+import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from tar import UserError, checkpoint, options
+from tar import UserError, checkpoint, fail, options
 from tar.data import load_dataset, make_loader, to_device, train_batches
 from tar.distill import Step
 from tar.evaluation import evaluate, latency
+from tar.machine import set_up
 from tar.models import build_detector
 from tar.runs import append_line, changed, open_run, read_json, run_name, settings_of, trim_log
 from tar.schedule import decay, learning_rate
 from tar.tables import run_table
 
 
-@dataclass
-class Machine:
-    """Where this process runs: its rank among world processes, its device and the type of the convolutions."""
-
-    rank: int
-    world: int
-    device: torch.device
-    amp: str
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-    def say(self, text):
-        if self.main:
-            tqdm.write(text)
-
-    def log(self, path, value):
-        if self.main:
-            append_line(path, value)
-
-    def wait(self):
-        """Until every process is here."""
-        if self.world > 1:
-            dist.barrier()
-
-    def in_turn(self, call, *args, **kwargs):
-        """A call by rank 0 first and the others after it: one download, and one line about what is wrong."""
-        if not self.main:
-            self.wait()
-        value = call(*args, **kwargs)
-        if self.main:
-            self.wait()
-        return value
-
-    def autocast(self):
-        if self.amp == "none":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.amp])
-
-    def progress(self, title):
-        """A wrapper for iterables that shows a bar on a terminal."""
-        return lambda batches: tqdm(batches, title, leave=False, disable=not (self.main and sys.stderr.isatty()))
-
-
 def main(argv=None):
     args = options.parse(argv)
     try:
-        machine = set_up(args)
+        machine = set_up(args.device, args.amp, args.threads)
         limits = {"limit_train": args.limit_train, "limit_test": args.limit_test}
         given = {"seed": args.seed, "download": args.download and machine.main, **limits}
         data = machine.in_turn(load_dataset, args.dataset, args.data_path, args.voc_years, **given)
         report(data, machine)
         demo(args, data, machine) if args.student is None else distil(args, data, machine)
     except UserError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail("train.py", error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -99,7 +50,7 @@ def demo(args, data, machine):
     teacher, plain = train(teacher_args, data, machine), train(plain_args, data, machine)
     distilled = train(tar_args, data, machine)
     cost = distilled["seconds"] / plain["seconds"]  # a step of the one in steps of the other
-    epochs = max(round(args.epochs * cost), args.epochs)
+    epochs = max(math.ceil(args.epochs * cost), args.epochs)
     machine.say(f"A distillation step costs {cost:.2f} plain steps: equal cost is {epochs} epochs for {args.epochs}.")
     equal = train(changed(plain_args, epochs=epochs, output=folder / "plain-equal-cost"), data, machine)
     rows = {"teacher r18": teacher, "plain r10": plain, "plain r10, equal cost": equal, "TAR r10 from r18": distilled}
@@ -171,7 +122,8 @@ def train(args, data, machine):
     first_epoch, seconds, metrics = 0, 0.0, {}
     if (output / "last.pth").is_file():
         saved = checkpoint.load(output / "last.pth")
-        step_module.load_state_dict(saved["step_module"])
+        student.load_state_dict(saved["model"])
+        step_module.adapters.load_state_dict(saved["adapters"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         first_epoch, seconds, metrics = saved["epoch"], saved["seconds"], saved["metrics"]
@@ -219,10 +171,10 @@ def train(args, data, machine):
                 now = time.perf_counter()
                 rate = summed * images_per_step / (now - since_log)
                 line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
-                machine.log(log, {**line, **means})
+                record(log, {**line, **means}, machine)
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-                if not all(map(torch.isfinite, torch.tensor([means["loss"]]))):
-                    bad = [name for name, value in means.items() if value != value or abs(value) == float("inf")]
+                bad = [name for name, value in means.items() if not math.isfinite(value)]
+                if bad:
                     raise UserError(f"step {step + 1}: {', '.join(bad)} not finite; try a lower --lr or --clip-grad 10")
                 sums, summed, since_log = {}, 0, now
         seconds += time.perf_counter() - started
@@ -233,18 +185,15 @@ def train(args, data, machine):
                 for buffer in student.buffers():
                     dist.broadcast(buffer, 0)
             metrics = measure(student, args, test_set, machine)
-            shown = "  " + "  ".join(
-                f"{k} {v:.1f}" for k, v in metrics.items() if k in ("AP", "AP50", "voc07") and v is not None
+            shown = "".join(
+                f"  {name} {metrics[name]:.1f}" for name in ("AP", "AP50", "voc07") if metrics.get(name) is not None
             )
-            machine.log(log, {"epoch": epoch + 1, "step": step + 1, "seconds": seconds, "metrics": metrics})
+            record(log, {"epoch": epoch + 1, "step": step + 1, "seconds": seconds, "metrics": metrics}, machine)
         if machine.main:
-            state = {"model": student.state_dict(), "step_module": step_module.state_dict(), "build": build}
-            state |= {
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "classes": list(train_set.classes),
-            }
-            state |= {"epoch": epoch + 1, "seconds": seconds, "metrics": metrics, "settings": settings}
+            state = {"build": build, "classes": list(train_set.classes), "settings": settings}
+            state |= {"model": student.state_dict(), "adapters": step_module.adapters.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            state |= {"epoch": epoch + 1, "seconds": seconds, "metrics": metrics}
             checkpoint.save(output / "last.pth", state)
         machine.say(f"{title} {epoch + 1}/{args.epochs}  loss {means['loss']:.3f}{shown}  {rate:.0f} images/s")
 
@@ -281,18 +230,12 @@ def load_teacher(args, data, machine):
         if mine != its:
             raise UserError(f"{path}: the teacher's {what} is {its}, the student's is {mine}: they must be the same")
     teacher.requires_grad_(False).to(machine.device, memory_format=torch.channels_last)
-    measured = path.parent / "result.json"
-    if (
-        measured.is_file()
-        and read_json(measured)["test_images"] == len(data[1])
-        and saved["settings"]["dataset"] == args.dataset
-    ):
-        machine.say(f"Teacher {path}: AP {read_json(measured)['AP']:.1f} on the test split, as measured in {measured}")
+    measured, same = path.parent / "result.json", ("dataset", "data_path", "limit_test")
+    if measured.is_file() and all(saved["settings"].get(k) == settings_of(args, machine).get(k) for k in same):
+        ap, where = read_json(measured)["AP"], f"as measured in {measured}"
     else:
-        metrics = measure(teacher, args, data[1], machine)
-        machine.say(
-            f"Teacher {path}: AP {metrics['AP']:.1f}, AP50 {metrics['AP50']:.1f} on the test split, measured now"
-        )
+        ap, where = measure(teacher, args, data[1], machine)["AP"], "measured now"
+    machine.say(f"Teacher {path}: AP {ap:.1f} on the test split, {where}")
     return teacher
 
 
@@ -303,31 +246,10 @@ def measure(model, args, test_set, machine):
         return evaluate(model, test_set, machine.device, args.dataset == "voc", args.batch_size, args.workers, progress)
 
 
-def set_up(args):
-    """Joins the other processes if torchrun started this one, and chooses device, precision and threads."""
-    wanted = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world = 0, 1
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if wanted.startswith("cuda") else "gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
-        if wanted == "cuda":
-            wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(wanted)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    amp = args.amp
-    if amp == "auto":
-        amp = "bf16" if has_bf16(device) else "none"
-    return Machine(rank, world, device, amp)
-
-
-def has_bf16(device):
-    """Whether the processor multiplies bfloat16 in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def record(log, line, machine):
+    """Adds a line to log.jsonl, once."""
+    if machine.main:
+        append_line(log, line)
 
 
 def report(data, machine):

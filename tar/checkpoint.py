@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from tar import UserError
+from tar import UserError, one_line
 from tar.models import build_detector
 
 FORMAT = 1
@@ -48,7 +48,7 @@ def load(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise UserError(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint ({one_line(error)})") from error
     if not isinstance(state, dict) or not {"format", "model", "build", "classes"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of train.py (it lacks the model's settings or classes)")
     if state["format"] != FORMAT:
@@ -67,5 +67,5 @@ def load_detector(path):
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        raise UserError(f"{path}: its weights do not fit its settings ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path}: its weights do not fit its settings ({one_line(error)})") from error
     return model.eval(), state

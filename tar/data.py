@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import VOCDetection
 from torchvision.transforms.v2 import functional as v2
 
-from tar import UserError
+from tar import UserError, one_line
 from tar.shapes import Shapes
 
 VOC_CLASSES = (
@@ -120,6 +120,9 @@ def read_annotation(file):
         root = ElementTree.parse(file).getroot()
         size = [float(root.findtext(f"size/{side}")) for side in ("width", "height")]
         objects = root.findall("object")
+        names = [(o.findtext("name") or "").strip() for o in objects]
+        if "" in names:
+            raise ValueError("an object has no name")
         corners = [[float(o.findtext(f"bndbox/{c}")) for c in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     except FileNotFoundError:
         raise UserError(f"{file}: no such annotation") from None
@@ -128,7 +131,7 @@ def read_annotation(file):
     boxes = np.array(corners, dtype=np.float32).reshape(-1, 4) - np.array([1, 1, 0, 0], dtype=np.float32)
     boxes = boxes.clip(0, np.array(size * 2, dtype=np.float32))
     ignored = np.array([(o.findtext("difficult") or "0").strip() == "1" for o in objects], dtype=bool)
-    return boxes, [(o.findtext("name") or "").strip() for o in objects], ignored
+    return boxes, names, ignored
 
 
 def voc_classes(lists):
@@ -146,10 +149,10 @@ def download_voc(data_path, years):
         for split in ("trainval", "test") if year == "2007" else ("trainval",):
             try:
                 VOCDetection(data_path, year=year, image_set=split, download=True)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"VOC {year} {split} could not be fetched into {data_path} ({error}); fetch the archives from "
-                    "host.robots.ox.ac.uk/pascal/VOC by other means and unpack them there"
+                    f"VOC {year} {split} could not be fetched into {data_path} ({one_line(error)}); fetch the "
+                    "archives from host.robots.ox.ac.uk/pascal/VOC by other means and unpack them there"
                 ) from error
 
 
@@ -211,7 +214,7 @@ def train_batches(length, batch_size, seed, epoch, rank=0, world=1):
         list of lists of (epoch, index).
     """
     order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
-    order += order[: -length % world]
+    order = (order * world)[: -(-length // world) * world]
     keys = [(epoch, index) for index in order[rank::world]]
     return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
 

@@ -20,7 +20,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
-from tar import UserError
+from tar import UserError, one_line
 from tar.pooling import PyramidRoIAlign
 
 DETECTORS = ("faster-rcnn",)
@@ -86,19 +86,20 @@ def build_resnet(name, weights="none", norm="batch"):
         except (URLError, OSError, RuntimeError) as error:
             cache = Path(torch.hub.get_dir()) / "checkpoints" / enum.url.rsplit("/", 1)[1]
             raise UserError(
-                f"ImageNet weights of {name} are neither at {cache} nor to be had from {enum.url} ({error}): "
+                f"ImageNet weights of {name} are neither at {cache} nor to be had from {enum.url} ({one_line(error)}): "
                 f"put the file there, or {instead}"
             ) from error
         resnet.load_state_dict(state)
     elif weights != "none":
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-            resnet.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")} | _fc_of(resnet))
+            resnet.load_state_dict(state | _fc_of(resnet))
         except FileNotFoundError:
             raise UserError(f"--backbone-weights {weights}: no such file; {instead}") from None
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"--backbone-weights {weights}: not the state dict of a {name} ({reason})") from error
+            raise UserError(
+                f"--backbone-weights {weights}: not the state dict of a {name} ({one_line(error)})"
+            ) from error
     return resnet
 
 
@@ -153,7 +154,8 @@ def build_detector(
     if detector not in DETECTORS:
         raise UserError(f"no detector is called {detector!r}; there are {', '.join(DETECTORS)}")
     loaded = backbone_weights != "none"
-    resnet = build_resnet(backbone, backbone_weights, norm or ("frozen" if loaded else "batch"))
+    norm = norm or ("frozen" if loaded else "batch")
+    resnet = build_resnet(backbone, backbone_weights, norm)
     stages = ["layer4", "layer3", "layer2", "layer1", "conv1"]
     trainable = stages[: (3 if loaded else 5) if trainable_layers is None else trainable_layers]
     if len(trainable) == 5:
@@ -161,7 +163,8 @@ def build_detector(
     for name, parameter in resnet.named_parameters():
         parameter.requires_grad_(any(name.startswith(stage) for stage in trainable))
     widths = [resnet.inplanes // 2 ** (3 - i) for i in range(4)]
-    body = FloatFPN(resnet, {f"layer{i + 1}": str(i) for i in range(4)}, widths, fpn_channels)
+    fpn_norm = nn.BatchNorm2d if norm == "batch" else None  # from scratch the pyramid needs it too (He et al. 2019)
+    body = FloatFPN(resnet, {f"layer{i + 1}": str(i) for i in range(4)}, widths, fpn_channels, norm_layer=fpn_norm)
     strides = STRIDES[detector]
     anchors = AnchorGenerator(tuple((anchor_scale * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
     training, testing = rpn_top_n

@@ -54,12 +54,20 @@ BUILD = ("fpn_channels", "head_channels", "anchor_scale", "rois", "roi_samples",
 LEVELS = ("backbone", "cls", "reg")
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help text, but not those that say nothing."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
 def parser():
     """The command line of train.py."""
     p = argparse.ArgumentParser(
         description="Train a detector, or distil one from a teacher. Without --student: the demonstration on drawn "
         "shapes (teacher, plain student, plain student of equal cost, distilled student) and its table.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )
 
     def recipe(group, flag, text, **kwargs):
@@ -122,7 +130,7 @@ def parser():
     for level in LEVELS:
         g.add_argument(f"--no-{level}", action="store_true", help=f"leave the {level} level out")
     g.add_argument("--mask", choices=MASKS, default=d.mask, help="where the backbone level imitates")
-    g.add_argument("--sigma2", type=_weight, default=d.sigma2, metavar="S2", help="width of the Gaussian mask")
+    g.add_argument("--sigma2", type=_above_0, default=d.sigma2, metavar="S2", help="width of the Gaussian mask")
     g.add_argument(
         "--cls-gate",
         choices=CLS_GATES,
@@ -150,14 +158,16 @@ def parser():
     g.add_argument("--momentum", type=_weight, default=0.9, metavar="M", help="of SGD")
     recipe(g, "--weight-decay", "of the optimizer", type=_weight, metavar="W")
     recipe(g, "--clip-grad", "largest norm of the gradient; 0: no limit", type=_weight, metavar="NORM")
-    g.add_argument("--seed", type=_count, default=0, help="of weights, order, flips, region sampling and drawn shapes")
+    g.add_argument(
+        "--seed", type=_count, default=0, metavar="N", help="of weights, order, flips, region sampling and drawn shapes"
+    )
     g.add_argument(
         "--amp",
         choices=("auto", "bf16", "fp16", "none"),
         default="auto",
         help="precision of the convolutions; auto: bf16 where the processor has it",
     )
-    g.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda where there is one")
+    g.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
     g.add_argument("--threads", type=_count, default=0, metavar="N", help="CPU threads a process; 0: torch's choice")
 
     g = p.add_argument_group("output")
@@ -176,7 +186,7 @@ def parse(argv=None):
     for name, value in RECIPES[args.dataset].items():
         if not hasattr(args, name):
             setattr(args, name, value)
-    if args.student is None and (args.teacher or args.dataset != "shapes"):
+    if args.student is None and (args.teacher or args.teacher_weights or args.dataset != "shapes"):
         p.error("--student BACKBONE is missing: which detector is to be trained?")
     if args.teacher_weights and not args.teacher and args.student:
         p.error(f"--teacher-weights {args.teacher_weights} needs --teacher BACKBONE")
@@ -231,3 +241,4 @@ def _number(kind, least, text):
 _positive = _number(int, 1, "a whole number from 1")
 _count = _number(int, 0, "a whole number from 0")
 _weight = _number(float, 0, "a number from 0")
+_above_0 = _number(float, 1e-9, "a number above 0")

@@ -83,6 +83,12 @@ def append_line(path, value):
 
 def trim_log(path, epoch):
     """Takes the lines of epochs after the given one off a log: the run goes on from there and writes them again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["epoch"] <= epoch]
-        path.write_text("".join(line + "\n" for line in lines))
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            kept += [line] if json.loads(line)["epoch"] <= epoch else []
+        except ValueError:  # the line that was being written when the run was killed
+            continue
+    path.write_text("".join(line + "\n" for line in kept))

@@ -46,7 +46,7 @@ def learning_rate(step, total_steps, base, warmup=500, kind="step"):
         kind: one of SCHEDULES.
     """
     warmup = min(warmup, max(total_steps // 10, 1))
-    ramp = min(1.0, 0.001 + 0.999 * step / warmup)
+    ramp = min(1.0, 0.001 + 0.999 * step / warmup) if warmup else 1.0
     done = step / max(total_steps, 1)
     if kind == "step":
         return base * ramp * 0.1 ** sum(done >= drop for drop in DROPS)

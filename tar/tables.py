@@ -25,7 +25,7 @@ def run_table(results):
     """The table of some runs: {name: result.json's dict} -> Markdown."""
     voc = any("voc07" in r for r in results.values())
     header = ["run", "AP", "AP50", "AP75", *(["VOC07 mAP", "VOC area mAP"] if voc else [])]
-    header += ["parameters (M)", "epochs", "minutes", "ms an image"]
+    header += ["parameters (M)", "epochs", "training minutes", "ms an image"]
     rows = []
     for name, r in results.items():
         row = [name, r["AP"], r["AP50"], r["AP75"], *([r["voc07"], r["voc_area"]] if voc else [])]

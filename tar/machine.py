@@ -1,0 +1,96 @@
+"""Where a process runs: its rank among the others, its device and its precision."""
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from tar import UserError, one_line
+
+
+@dataclass
+class Machine:
+    """Where this process runs: its rank among world processes, its device and the type of the convolutions."""
+
+    rank: int
+    world: int
+    device: torch.device
+    amp: str
+
+    @property
+    def main(self):
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def say(self, text):
+        """Prints a line once, above the progress bars."""
+        if self.main:
+            tqdm.write(text)
+
+    def wait(self):
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def in_turn(self, call, *args, **kwargs):
+        """A call by rank 0 first and the others after it: one download, and one line about what is wrong."""
+        if not self.main:
+            self.wait()
+        value = call(*args, **kwargs)
+        if self.main:
+            self.wait()
+        return value
+
+    def autocast(self):
+        """The context in which convolutions run in the chosen type."""
+        if self.amp == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.amp])
+
+    def progress(self, title):
+        """A wrapper for iterables that shows a bar on a terminal."""
+        return lambda batches: tqdm(batches, title, leave=False, disable=not (self.main and sys.stderr.isatty()))
+
+
+def set_up(device="auto", amp="auto", threads=0):
+    """Joins the other processes if torchrun started this one, and chooses what is left to choose.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1" or "auto" (cuda where there is one; under torchrun each process its own).
+        amp: "bf16", "fp16", "none" or "auto" (bf16 where the processor has it).
+        threads: CPU threads of this process; 0 leaves torch's choice.
+
+    Raises:
+        UserError: a device that is not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = 0, 1
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        rank, world = dist.get_rank(), dist.get_world_size()
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not to be had here ({one_line(error)})") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    if amp == "auto":
+        amp = "bf16" if has_bf16(device) else "none"
+    return Machine(rank, world, device, amp)
+
+
+def has_bf16(device):
+    """Whether the processor multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
