@@ -42,10 +42,14 @@ def main(argv=None):
 
 
 def demo(args, data, machine):
-    """Teacher, plain student, distilled student and a plain student of the same cost, and their table."""
+    """Teacher, plain student, distilled student and a plain student of the same cost, and their table.
+
+    The student is the smaller in everything: its ResNet, and half the width of pyramid and box head.
+    """
     folder = Path(args.output or "runs/demo")
+    small = {"student": "r10", "fpn_channels": args.fpn_channels // 2, "head_channels": args.head_channels // 2}
     teacher_args = changed(args, student="r18", output=folder / "teacher")
-    plain_args = changed(args, student="r10", output=folder / "plain")
+    plain_args = changed(args, **small, output=folder / "plain")
     tar_args = changed(plain_args, teacher="r18", teacher_weights=folder / "teacher/last.pth", output=folder / "tar")
     teacher, plain = train(teacher_args, data, machine), train(plain_args, data, machine)
     distilled = train(tar_args, data, machine)
@@ -96,7 +100,7 @@ def train(args, data, machine):
     output = Path(args.output)
     settings = settings_of(args, machine)
     title = f"TAR {args.student} from {args.teacher}" if args.teacher else f"plain {args.student}"
-    result = open_run(output, settings, machine.main)
+    result = machine.in_turn(open_run, output, settings, machine.main)
     if result:
         machine.say(f"{title}: {output} has ended, AP {result['AP']:.1f}")
         return result
@@ -214,21 +218,28 @@ def train(args, data, machine):
     return result
 
 
-def load_teacher(args, data, machine):
-    """The frozen teacher of a run, after a line that says how good it is.
+def read_teacher(args, classes):
+    """The teacher of --teacher-weights, and its checkpoint.
 
     Raises:
-        UserError: it is of another detector type, another backbone or other classes than the student.
+        UserError: it is of another detector type, another backbone or other classes than the flags and the data say.
     """
     path = Path(args.teacher_weights)
     teacher, saved = checkpoint.load_detector(path)
     for what, mine, its in (
         ("detector", args.detector, saved["build"]["detector"]),
-        ("--teacher backbone", args.teacher, saved["build"]["backbone"]),
-        ("classes", list(data[0].classes), saved["classes"]),
+        ("backbone", args.teacher, saved["build"]["backbone"]),
+        ("classes", list(classes), saved["classes"]),
     ):
         if mine != its:
-            raise UserError(f"{path}: the teacher's {what} is {its}, the student's is {mine}: they must be the same")
+            raise UserError(f"{path}: the teacher's {what} is {its}, not {mine} as the flags or the data say")
+    return teacher, saved
+
+
+def load_teacher(args, data, machine):
+    """The frozen teacher of a run on its device, after a line that says how good it is."""
+    path = Path(args.teacher_weights)
+    teacher, saved = machine.in_turn(read_teacher, args, data[0].classes)
     teacher.requires_grad_(False).to(machine.device, memory_format=torch.channels_last)
     measured, same = path.parent / "result.json", ("dataset", "data_path", "limit_test")
     if measured.is_file() and all(saved["settings"].get(k) == settings_of(args, machine).get(k) for k in same):
