@@ -38,12 +38,20 @@ class Machine:
 
     def in_turn(self, call, *args, **kwargs):
         """A call by rank 0 first and the others after it: one download, and one line about what is wrong."""
-        if not self.main:
-            self.wait()
-        value = call(*args, **kwargs)
+        value, error = None, None
         if self.main:
-            self.wait()
-        return value
+            try:
+                value = call(*args, **kwargs)
+            except UserError as raised:
+                error = raised
+        if self.world > 1:
+            failed = [error is not None]
+            dist.broadcast_object_list(failed, 0)
+            if failed[0] and not self.main:
+                raise SystemExit(2)  # rank 0 says why
+        if error:
+            raise error
+        return value if self.main else call(*args, **kwargs)
 
     def autocast(self):
         """The context in which convolutions run in the chosen type."""

@@ -149,6 +149,10 @@ def parser():
     )
 
     g = p.add_argument_group("training")
+    text = (
+        "whose defaults to take: voc's (ImageNet weights) or shapes' (small and from scratch); default: the data set's"
+    )
+    g.add_argument("--recipe", choices=RECIPES, help=text)
     recipe(g, "--epochs", "passes over the training images", type=_positive, metavar="N")
     recipe(g, "--batch-size", "images a process and step", type=_positive, metavar="N")
     recipe(g, "--optimizer", "sgd with momentum, or adamw", choices=("sgd", "adamw"))
@@ -183,7 +187,7 @@ def parse(argv=None):
     """The flags with the recipe filled in, and checked against each other; exits with 2 on a wrong flag."""
     p = parser()
     args = p.parse_args(argv)
-    for name, value in RECIPES[args.dataset].items():
+    for name, value in RECIPES[args.recipe or args.dataset].items():
         if not hasattr(args, name):
             setattr(args, name, value)
     if args.student is None and (args.teacher or args.teacher_weights or args.dataset != "shapes"):

@@ -8,7 +8,18 @@ from pathlib import Path
 from tar import UserError, checkpoint
 
 # Flags that do not change what a run computes.
-INCIDENTAL = {"output", "device", "threads", "workers", "download", "log_every", "no_backbone", "no_cls", "no_reg"}
+INCIDENTAL = {
+    "output",
+    "device",
+    "threads",
+    "workers",
+    "download",
+    "log_every",
+    "no_backbone",
+    "no_cls",
+    "no_reg",
+    "recipe",
+}
 # Flags that mean nothing to some runs.
 DISTILLATION = {"teacher", "teacher_weights", "weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2"}
 DISTILLATION |= {"cls_gate", "reg_gate", "decay"}
