@@ -44,12 +44,12 @@ def main(argv=None):
 def demo(args, data, machine):
     """Teacher, plain student, distilled student and a plain student of the same cost, and their table.
 
-    The student is the smaller in everything: its ResNet, and half the width of pyramid and box head.
+    The teacher is the larger in everything: its ResNet, and half as wide again in pyramid and box head.
     """
     folder = Path(args.output or "runs/demo")
-    small = {"student": "r10", "fpn_channels": args.fpn_channels // 2, "head_channels": args.head_channels // 2}
-    teacher_args = changed(args, student="r18", output=folder / "teacher")
-    plain_args = changed(args, **small, output=folder / "plain")
+    large = {"student": "r18", "fpn_channels": args.fpn_channels * 3 // 2, "head_channels": args.head_channels * 3 // 2}
+    teacher_args = changed(args, **large, output=folder / "teacher")
+    plain_args = changed(args, student="r10", output=folder / "plain")
     tar_args = changed(plain_args, teacher="r18", teacher_weights=folder / "teacher/last.pth", output=folder / "tar")
     teacher, plain = train(teacher_args, data, machine), train(plain_args, data, machine)
     distilled = train(tar_args, data, machine)
@@ -241,6 +241,7 @@ def load_teacher(args, data, machine):
     path = Path(args.teacher_weights)
     teacher, saved = machine.in_turn(read_teacher, args, data[0].classes)
     teacher.requires_grad_(False).to(machine.device, memory_format=torch.channels_last)
+    machine.freeze(teacher)
     measured, same = path.parent / "result.json", ("dataset", "data_path", "limit_test")
     if measured.is_file() and all(saved["settings"].get(k) == settings_of(args, machine).get(k) for k in same):
         ap, where = read_json(measured)["AP"], f"as measured in {measured}"

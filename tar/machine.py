@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from tar import UserError, one_line
+
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -57,7 +60,14 @@ class Machine:
         """The context in which convolutions run in the chosen type."""
         if self.amp == "none":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.amp])
+        return torch.autocast(self.device.type, TYPES[self.amp])
+
+    def freeze(self, model):
+        """Casts a frozen model's convolutions and layers once, as autocast would anew in every step: same numbers."""
+        if self.amp != "none":
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.to(TYPES[self.amp])
 
     def progress(self, title):
         """A wrapper for iterables that shows a bar on a terminal."""

@@ -1,6 +1,7 @@
 """Where the backbone level imitates: a weight for every cell of every pyramid level (METHOD section 2)."""
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 MASKS = ("gaussian", "box", "full")
 
@@ -13,7 +14,7 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
     the maximum where boxes overlap.
 
     Args:
-        boxes: float [N, 4] xyxy in pixels of the resized image; N may be 0.
+        boxes: float [N, 4] xyxy in pixels of the resized image; N may be 0. Leading dimensions are kept.
         height, width: cells of the level.
         stride: pixels of the resized image from cell to cell.
         sigma2: s2, the variance in units of the box's half sides squared (a choice: 2).
@@ -21,10 +22,10 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
     Returns:
         float [height, width] in 0..1.
     """
-    if len(boxes) == 0:
-        return boxes.new_zeros(height, width)
+    if boxes.shape[-2] == 0:
+        return boxes.new_zeros(*boxes.shape[:-2], height, width)
     columns, rows = _profiles(boxes, height, width, stride, sigma2)
-    return (rows[:, :, None] * columns[:, None, :]).amax(0)
+    return (rows[..., :, None] * columns[..., None, :]).amax(-3)
 
 
 def box_mask(boxes, height, width, stride):
@@ -33,12 +34,12 @@ def box_mask(boxes, height, width, stride):
 
 
 def _profiles(boxes, height, width, stride, sigma2):
-    """The two factors of every box's Gaussian: along x float [N, width] and along y float [N, height]."""
+    """The two factors of every box's Gaussian: along x float [..., N, width] and along y float [..., N, height]."""
     profiles = []
-    for low, high, cells in ((boxes[:, 0], boxes[:, 2], width), (boxes[:, 1], boxes[:, 3], height)):
+    for low, high, cells in ((boxes[..., 0], boxes[..., 2], width), (boxes[..., 1], boxes[..., 3], height)):
         at = (torch.arange(cells, device=boxes.device, dtype=boxes.dtype) + 0.5) * stride
-        centre, half = (low + high)[:, None] / 2, (high - low)[:, None] / 2
-        inside = (at >= low[:, None]) & (at <= high[:, None]) & (half > 0)
+        centre, half = (low + high)[..., None] / 2, (high - low)[..., None] / 2
+        inside = (at >= low[..., None]) & (at <= high[..., None]) & (half > 0)
         exponent = (at - centre).square() / (sigma2 * half.clamp(min=1e-6).square())
         profiles.append(torch.exp(-exponent) * inside)
     return profiles
@@ -56,13 +57,14 @@ def pyramid_masks(targets, features, strides, kind="gaussian", sigma2=2.0):
     Returns:
         list of L tensors [B, H_l, W_l].
     """
+    boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)  # padded by boxes of no area, which weigh 0
     masks = []
     for level, stride in zip(features, strides, strict=True):
         height, width = level.shape[-2:]
         if kind == "full":
             masks.append(level.new_ones(len(targets), height, width))
         elif kind == "box":
-            masks.append(torch.stack([box_mask(t["boxes"], height, width, stride) for t in targets]))
+            masks.append(box_mask(boxes, height, width, stride))
         else:
-            masks.append(torch.stack([gaussian_mask(t["boxes"], height, width, stride, sigma2) for t in targets]))
+            masks.append(gaussian_mask(boxes, height, width, stride, sigma2))
     return masks
