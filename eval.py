@@ -5,11 +5,13 @@ python eval.py --weights runs/demo/tar/last.pth [--json FILE]
 
 import argparse
 from argparse import Namespace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from tar import UserError, checkpoint, fail
-from tar.data import load_dataset
+from tar.data import load_test_set
 from tar.evaluation import evaluate
 from tar.machine import set_up
 from tar.tables import class_table, markdown
@@ -39,10 +41,10 @@ def main(argv=None):
         flags = {k: v for k, v in vars(given).items() if v is not None}
         args = Namespace(**{"data_path": "data", "voc_years": ["2007"], **saved["settings"], **flags})
         machine = set_up(args.device, args.amp, args.threads)
-        limits = {"limit_train": 1, "limit_test": args.limit_test}
-        _, test_set = load_dataset(args.dataset, args.data_path, args.voc_years, **limits)
-        if list(test_set.classes) != saved["classes"]:
-            raise UserError(f"{given.weights} knows {saved['classes']}, but the data's classes are {test_set.classes}")
+        if given.json and not Path(given.json).resolve().parent.is_dir():
+            raise UserError(f"--json {given.json}: there is no such folder")
+        where = {"data_path": args.data_path, "years": args.voc_years, "limit": args.limit_test}
+        test_set = load_test_set(args.dataset, saved["classes"], **where)
         with machine.autocast():
             voc, progress = args.dataset == "voc", machine.progress("evaluating")
             metrics = evaluate(
@@ -63,6 +65,9 @@ def main(argv=None):
             checkpoint.save_json(given.json, {**about, **metrics, "per_class": per_class})
     except UserError as error:
         fail("eval.py", error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from tar.distill import Step
 from tar.evaluation import evaluate, latency
 from tar.machine import set_up
 from tar.models import build_detector
-from tar.runs import append_line, changed, open_run, read_json, run_name, settings_of, trim_log
+from tar.runs import append_line, begin_run, changed, find_run, read_json, run_name, settings_of
 from tar.schedule import decay, learning_rate
-from tar.tables import run_table
+from tar.tables import cell, run_table
 
 
 def main(argv=None):
@@ -60,7 +60,7 @@ def demo(args, data, machine):
     rows = {"teacher r18": teacher, "plain r10": plain, "plain r10, equal cost": equal, "TAR r10 from r18": distilled}
     machine.say("\n" + run_table(rows))
     verdict = "passes" if distilled["AP"] >= teacher["AP"] else "does not pass"
-    machine.say(f"\nThe student {verdict} its teacher: {distilled['AP']:.1f} AP against {teacher['AP']:.1f}.")
+    machine.say(f"\nThe student {verdict} its teacher: {cell(distilled['AP'])} AP against {cell(teacher['AP'])}.")
     machine.say(f"Runs: {folder}. Next: python eval.py --weights {folder / 'tar/last.pth'}")
 
 
@@ -80,10 +80,13 @@ def distil(args, data, machine):
         rows[f"teacher {args.teacher}"] = train(teacher_args, data, machine)
         args = changed(args, teacher_weights=teacher_args.output / "last.pth")
     args.output = Path(args.output or Path("runs") / run_name(args, machine))
-    title = f"TAR {args.student} from {args.teacher}" if args.teacher else f"plain {args.student}"
-    rows[title] = train(args, data, machine)
+    rows[title_of(args)] = train(args, data, machine)
     machine.say("\n" + run_table(rows))
     machine.say(f"\nRun: {args.output}. Next: python eval.py --weights {args.output / 'last.pth'}")
+
+
+def title_of(args):
+    return f"TAR {args.student} from {args.teacher}" if args.teacher else f"plain {args.student}"
 
 
 def train(args, data, machine):
@@ -97,21 +100,19 @@ def train(args, data, machine):
         dict: what result.json holds.
     """
     train_set, test_set = data
-    output = Path(args.output)
-    settings = settings_of(args, machine)
-    title = f"TAR {args.student} from {args.teacher}" if args.teacher else f"plain {args.student}"
-    result = machine.in_turn(open_run, output, settings, machine.main)
+    output, settings, title = Path(args.output), settings_of(args, machine), title_of(args)
+    result = machine.in_turn(find_run, output, settings)
     if result:
-        machine.say(f"{title}: {output} has ended, AP {result['AP']:.1f}")
-        return result
+        machine.say(f"{title}: {output} has ended, AP {cell(result['AP'])}")
+        return machine.shared(result)
 
+    saved = machine.in_turn(read_run, output, settings)
     build = options.build_of(args, args.student, len(train_set.classes))
     torch.manual_seed(args.seed)  # every process starts from the same weights
-    student = machine.in_turn(build_detector, **build)
+    student = machine.in_turn(build_detector, **{**build, "backbone_weights": "none"} if saved else build)
     levels = options.levels_of(args) if args.teacher else None
-    teacher = load_teacher(args, data, machine) if levels and levels.weights() else None
-    with torch.random.fork_rng():  # the adapters must not change what the student draws
-        step_module = Step(student, levels, teacher.backbone.out_channels if teacher else None)
+    teacher = load_teacher(args, data, machine) if args.teacher else None
+    step_module = Step(student, levels, teacher.backbone.out_channels if teacher else None)
     step_module.to(machine.device, memory_format=torch.channels_last).train()
 
     parameters = [p for p in step_module.parameters() if p.requires_grad]
@@ -122,19 +123,16 @@ def train(args, data, machine):
     else:
         optimizer = torch.optim.AdamW(parameters, base_lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
-    log = output / "log.jsonl"
     first_epoch, seconds, metrics = 0, 0.0, {}
-    if (output / "last.pth").is_file():
-        saved = checkpoint.load(output / "last.pth")
+    if saved:
         student.load_state_dict(saved["model"])
         step_module.adapters.load_state_dict(saved["adapters"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         first_epoch, seconds, metrics = saved["epoch"], saved["seconds"], saved["metrics"]
         machine.say(f"{title}: going on after epoch {first_epoch} of {output / 'last.pth'}")
-    machine.wait()  # every process has read the folder before one writes there
     if machine.main:
-        trim_log(log, first_epoch)
+        begin_run(output, settings, first_epoch)
     wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
 
     steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, machine.rank, machine.world))
@@ -143,9 +141,10 @@ def train(args, data, machine):
         batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, machine.rank, machine.world)
         loader = make_loader(train_set, True, batches, args.seed, args.workers, machine.device.type == "cuda")
         bar = machine.progress(f"{title} {epoch + 1}/{args.epochs}")(loader)
-        started = since_log = time.perf_counter()
+        since_log = time.perf_counter()
         sums, summed = {}, 0
         for i, (images, targets) in enumerate(bar, 1):
+            started = time.perf_counter()  # `seconds` leaves the loader out: the runs of a table wait for it unequally
             step = epoch * steps_per_epoch + i - 1
             # Region sampling draws from a generator seeded by the step: a resumed run needs no generator's state.
             torch.manual_seed((args.seed * 1_000_003 + step) * machine.world + machine.rank)
@@ -171,17 +170,19 @@ def train(args, data, machine):
             sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}
             summed += 1
             if i % args.log_every == 0 or i == steps_per_epoch:  # the only place that waits for the device
-                means = {name: round(float(value) / summed, 5) for name, value in sums.items()}
+                means = means_of(sums, summed, machine)
                 now = time.perf_counter()
                 rate = summed * images_per_step / (now - since_log)
                 line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
-                record(log, {**line, **means}, machine)
+                record(output, {**line, **means}, machine)
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
                 bad = [name for name, value in means.items() if not math.isfinite(value)]
+                if bad and not machine.main:
+                    raise SystemExit(2)
                 if bad:
                     raise UserError(f"step {step + 1}: {', '.join(bad)} not finite; try a lower --lr or --clip-grad 10")
                 sums, summed, since_log = {}, 0, now
-        seconds += time.perf_counter() - started
+            seconds += time.perf_counter() - started
 
         shown = ""
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
@@ -192,7 +193,7 @@ def train(args, data, machine):
             shown = "".join(
                 f"  {name} {metrics[name]:.1f}" for name in ("AP", "AP50", "voc07") if metrics.get(name) is not None
             )
-            record(log, {"epoch": epoch + 1, "step": step + 1, "seconds": seconds, "metrics": metrics}, machine)
+            record(output, {"epoch": epoch + 1, "step": step + 1, "seconds": seconds, "metrics": metrics}, machine)
         if machine.main:
             state = {"build": build, "classes": list(train_set.classes), "settings": settings}
             state |= {"model": student.state_dict(), "adapters": step_module.adapters.state_dict()}
@@ -201,21 +202,30 @@ def train(args, data, machine):
             checkpoint.save(output / "last.pth", state)
         machine.say(f"{title} {epoch + 1}/{args.epochs}  loss {means['loss']:.3f}{shown}  {rate:.0f} images/s")
 
-    result = {
-        **metrics,
-        "dataset": args.dataset,
-        "split": "test",
-        "test_images": len(test_set),
-        "train_images": len(train_set),
-        "epochs": args.epochs,
-        "seconds": seconds,
-        "parameters": sum(p.numel() for p in student.parameters()),
-        "ms_per_image": latency(student, test_set, machine.device, machine.autocast()),
-    }
     if machine.main:
+        result = {
+            **metrics,
+            "dataset": args.dataset,
+            "split": "test",
+            "test_images": len(test_set),
+            "train_images": len(train_set),
+            "epochs": args.epochs,
+            "seconds": seconds,
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "ms_per_image": latency(student, test_set, machine.device, machine.autocast()),
+        }
         checkpoint.save_json(output / "result.json", result)
-    machine.wait()
-    return result
+    return machine.shared(result)  # the others wait here
+
+
+def read_run(output, settings):
+    """The checkpoint that a run goes on from; None for a new run."""
+    if not (output / "last.pth").is_file():
+        return None
+    saved = checkpoint.load(output / "last.pth")
+    if saved["settings"] != settings:
+        raise UserError(f"{output / 'last.pth'}: of a run of other settings; give another --output, or remove it")
+    return saved
 
 
 def read_teacher(args, classes):
@@ -242,12 +252,18 @@ def load_teacher(args, data, machine):
     teacher, saved = machine.in_turn(read_teacher, args, data[0].classes)
     teacher.requires_grad_(False).to(machine.device, memory_format=torch.channels_last)
     machine.freeze(teacher)
-    measured, same = path.parent / "result.json", ("dataset", "data_path", "limit_test")
-    if measured.is_file() and all(saved["settings"].get(k) == settings_of(args, machine).get(k) for k in same):
+    size = [saved["build"]["min_size"], saved["build"]["max_size"]]
+    if size != args.size:
+        machine.say(
+            f"Note: the teacher was trained on images of {size} pixels, and will see the student's {args.size}."
+        )
+    measured, same = path.parent / "result.json", ("dataset", "data_path", "voc_years", "limit_test", "epochs")
+    now = settings_of(changed(args, epochs=saved.get("epoch")), machine)
+    if measured.is_file() and path.name == "last.pth" and all(saved["settings"].get(k) == now.get(k) for k in same):
         ap, where = read_json(measured)["AP"], f"as measured in {measured}"
     else:
         ap, where = measure(teacher, args, data[1], machine)["AP"], "measured now"
-    machine.say(f"Teacher {path}: AP {ap:.1f} on the test split, {where}")
+    machine.say(f"Teacher {path}: AP {cell(ap)} on the test split, {where}")
     return teacher
 
 
@@ -258,10 +274,18 @@ def measure(model, args, test_set, machine):
         return evaluate(model, test_set, machine.device, args.dataset == "voc", args.batch_size, args.workers, progress)
 
 
-def record(log, line, machine):
+def means_of(sums, count, machine):
+    """The means of some terms over `count` steps and over all processes: {name: tensor} -> {name: float}."""
+    values = torch.stack([value.float() for value in sums.values()]) / count
+    if machine.world > 1:
+        dist.all_reduce(values)
+    return {name: round(value / machine.world, 5) for name, value in zip(sums, values.tolist(), strict=True)}
+
+
+def record(output, line, machine):
     """Adds a line to log.jsonl, once."""
     if machine.main:
-        append_line(log, line)
+        append_line(output / "log.jsonl", line)
 
 
 def report(data, machine):

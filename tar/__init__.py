@@ -2,8 +2,6 @@
 
 import sys
 
-__version__ = "0.1.0"
-
 
 class UserError(Exception):
     """A mistake that the person at the keyboard can mend: shown as one line, without a traceback."""

@@ -18,7 +18,10 @@ def save(path, state):
     Args:
         path: file to write.
         state: dict of tensors and plain values; "model" (a state dict), "build" (the arguments of build_detector)
-            and "classes" (names) make it one that load_detector understands.
+            and "classes" (names) and "settings" (flags) make it one that load_detector understands.
+
+    Raises:
+        UserError: it cannot be written.
     """
     _write(path, lambda file: torch.save({"format": FORMAT, **state}, file), "wb")
 
@@ -30,11 +33,14 @@ def save_json(path, value):
 
 def _write(path, write, mode):
     temporary = Path(f"{path}.tmp")
-    with open(temporary, mode) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, mode) as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); what was there is kept") from error
 
 
 def load(path):
@@ -49,7 +55,7 @@ def load(path):
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
         raise UserError(f"{path}: cannot be read as a checkpoint ({one_line(error)})") from error
-    if not isinstance(state, dict) or not {"format", "model", "build", "classes"} <= state.keys():
+    if not isinstance(state, dict) or not {"format", "model", "build", "classes", "settings"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of train.py (it lacks the model's settings or classes)")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: written in format {state['format']}, this code reads format {FORMAT}")

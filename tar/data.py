@@ -52,7 +52,7 @@ class Voc:
                 if not image.is_file():
                     raise UserError(f"{image}: no such image, but {folder.name}/ImageSets/Main/{split}.txt lists it")
                 boxes, names, ignored = read_annotation(folder / "Annotations" / f"{name}.xml")
-                solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
+                solid = (boxes[:, 2:] > boxes[:, :2] + 1).all(1)  # with xmin = xmax in the file a box is a point
                 if not solid.all():
                     self.dropped.append(name)
                 labels = np.array([self._label(n, folder, name) for n in names], dtype=np.int64)
@@ -101,7 +101,10 @@ def read_list(folder, split):
     file = folder / "ImageSets" / "Main" / f"{split}.txt"
     if not file.is_file():
         raise UserError(f"{file}: no such list of images")
-    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    try:
+        names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read as a list of image names ({one_line(error)})") from None
     if not names:
         raise UserError(f"{file}: lists no image")
     return names
@@ -119,6 +122,8 @@ def read_annotation(file):
     try:
         root = ElementTree.parse(file).getroot()
         size = [float(root.findtext(f"size/{side}")) for side in ("width", "height")]
+        if min(size) <= 0:
+            raise ValueError("an image of no size")
         objects = root.findall("object")
         names = [(o.findtext("name") or "").strip() for o in objects]
         if "" in names:
@@ -126,7 +131,7 @@ def read_annotation(file):
         corners = [[float(o.findtext(f"bndbox/{c}")) for c in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     except FileNotFoundError:
         raise UserError(f"{file}: no such annotation") from None
-    except (ElementTree.ParseError, TypeError, ValueError) as error:
+    except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not a VOC annotation ({error})") from None
     boxes = np.array(corners, dtype=np.float32).reshape(-1, 4) - np.array([1, 1, 0, 0], dtype=np.float32)
     boxes = boxes.clip(0, np.array(size * 2, dtype=np.float32))
@@ -147,6 +152,8 @@ def download_voc(data_path, years):
     """Fetches and unpacks VOC with torchvision's own downloader; what is there already is kept."""
     for year in years:
         for split in ("trainval", "test") if year == "2007" else ("trainval",):
+            if (Path(data_path) / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt").is_file():
+                continue
             try:
                 VOCDetection(data_path, year=year, image_set=split, download=True)
             except (OSError, RuntimeError, ValueError) as error:
@@ -176,11 +183,24 @@ def load_dataset(name, data_path="data", years=("2007",), limit_train=0, limit_t
     if download:
         download_voc(data_path, years)
     folders = voc_folders(data_path, years)
+    tested = tested_folders(folders)
+    classes = voc_classes([(f, "trainval") for f in folders] + [(f, "test") for f in tested])
+    return Voc(folders, "trainval", classes, limit_train), Voc(tested, "test", classes, limit_test)
+
+
+def load_test_set(name, classes, data_path="data", years=("2007",), limit=0):
+    """The test source alone, for a detector that knows the given classes; arguments as load_dataset."""
+    if name == "shapes":
+        return Shapes(False, limit or SHAPES_IMAGES["test"])
+    return Voc(tested_folders(voc_folders(data_path, years)), "test", classes, limit)
+
+
+def tested_folders(folders):
+    """Those of VOC's folders that have a list of test images."""
     tested = [f for f in folders if (f / "ImageSets" / "Main" / "test.txt").is_file()]
     if not tested:
         raise UserError(f"{folders[0] / 'ImageSets' / 'Main' / 'test.txt'}: no such list of images to test on")
-    classes = voc_classes([(f, "trainval") for f in folders] + [(f, "test") for f in tested])
-    return Voc(folders, "trainval", classes, limit_train), Voc(tested, "test", classes, limit_test)
+    return tested
 
 
 class Samples(Dataset):

@@ -17,7 +17,6 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 
 from tar import masks
 from tar.losses import backbone_loss, better_gate, classification_loss, decode, regression_gate, regression_loss
-from tar.models import STRIDES
 
 
 @dataclass
@@ -56,7 +55,7 @@ class Step(nn.Module):
         self.levels = levels
         self.adapters = nn.ModuleList()
         if levels is not None and levels.backbone > 0:
-            for _ in STRIDES["faster-rcnn"]:
+            for _ in student.strides:
                 self.adapters.append(nn.Conv2d(student.backbone.out_channels, teacher_channels, 3, padding=1))
 
     def forward(self, images, targets, teacher=None):
@@ -70,7 +69,8 @@ class Step(nn.Module):
         Returns:
             detection: {name: scalar}, the detector's ordinary losses, untouched.
             distillation: {name: scalar}, L_backbone, L_cls and L_reg, those that are on, not yet weighted.
-            seen: {name: scalar without gradient}: positives, and gate_open, the share that the gate lets through.
+            seen: {name: scalar without gradient}: positives of this process; gate_open, the share of all processes'
+                positives that the gate lets through.
         """
         student = self.student
         images, targets = student.transform(images, targets)
@@ -89,7 +89,7 @@ class Step(nn.Module):
         if levels.backbone > 0:
             adapted = [adapt(f).float() for adapt, f in zip(self.adapters, features.values(), strict=True)]
             wanted = list(teacher_features.values())
-            where = masks.pyramid_masks(targets, wanted, STRIDES["faster-rcnn"], levels.mask, levels.sigma2)
+            where = masks.pyramid_masks(targets, wanted, student.strides, levels.mask, levels.sigma2)
             cells = over_processes(sum(m.sum() for m in where))
             distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
         if levels.cls > 0 or levels.reg > 0:
@@ -110,7 +110,7 @@ class Step(nn.Module):
                 gate = open_gate(levels.reg_gate, student.roi_heads.box_coder, mine, taught, region, truth)
                 distillation["distill_reg"] = regression_loss(mine, taught, gate, count)
                 seen["gate_open"] = over_processes(gate.float().sum()) / count
-            seen["positives"] = count
+            seen["positives"] = torch.tensor(float(len(positive)), device=label.device)
         return detection, distillation, seen
 
 

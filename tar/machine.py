@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,13 @@ class Machine:
         if self.world > 1:
             dist.barrier()
 
+    def shared(self, value):
+        """Rank 0's value, on every process: for what is measured, and so differs from process to process."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
     def in_turn(self, call, *args, **kwargs):
         """A call by rank 0 first and the others after it: one download, and one line about what is wrong."""
         value, error = None, None
@@ -47,11 +55,8 @@ class Machine:
                 value = call(*args, **kwargs)
             except UserError as raised:
                 error = raised
-        if self.world > 1:
-            failed = [error is not None]
-            dist.broadcast_object_list(failed, 0)
-            if failed[0] and not self.main:
-                raise SystemExit(2)  # rank 0 says why
+        if self.shared(error is not None) and not self.main:
+            raise SystemExit(2)  # rank 0 says why
         if error:
             raise error
         return value if self.main else call(*args, **kwargs)
@@ -87,19 +92,22 @@ def set_up(device="auto", amp="auto", threads=0):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world = 0, 1
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-        rank, world = dist.get_rank(), dist.get_world_size()
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    together = "RANK" in os.environ
+    if together and device.startswith("cuda:"):
+        raise UserError(f"--device {device}: under torchrun each process takes its own card; give --device cuda")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here ({one_line(error)})") from None
+    rank, world = 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if together:  # two hours: the others wait while rank 0 downloads
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        rank, world = dist.get_rank(), dist.get_world_size()
     if threads:
         torch.set_num_threads(threads)
     if amp == "auto":

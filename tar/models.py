@@ -185,4 +185,5 @@ def build_detector(
         box_predictor=FloatPredictor(head_channels, num_classes + 1),
         box_batch_size_per_image=rois,
     )
+    model.strides = strides
     return model

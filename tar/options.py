@@ -1,7 +1,6 @@
 """The flags, and the recipe of each data set that fills in what no flag says."""
 
 import argparse
-import os
 
 from tar.data import DATASETS, SHAPES_IMAGES
 from tar.distill import Levels
@@ -28,7 +27,7 @@ RECIPES = {
         "rois": 512,
         "roi_samples": 2,
         "rpn_top_n": [2000, 1000],
-        "workers": min(4, os.cpu_count() or 1),
+        "workers": 2,
     },
     "shapes": {
         "epochs": 4,
@@ -52,6 +51,7 @@ RECIPES = {
 }
 BUILD = ("fpn_channels", "head_channels", "anchor_scale", "rois", "roi_samples", "rpn_top_n")
 LEVELS = ("backbone", "cls", "reg")
+DISTILLATION = ("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay")
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -158,7 +158,7 @@ def parser():
     recipe(g, "--optimizer", "sgd with momentum, or adamw", choices=("sgd", "adamw"))
     recipe(g, "--lr", "learning rate per 16 images a step, scaled linearly with them", type=_weight, metavar="RATE")
     recipe(g, "--schedule", "step drops at 8/12 and 11/12 of the run", choices=SCHEDULES)
-    recipe(g, "--warmup", "steps of warm-up", type=_count, metavar="N")
+    recipe(g, "--warmup", "steps of warm-up, at most a tenth of the run", type=_count, metavar="N")
     g.add_argument("--momentum", type=_weight, default=0.9, metavar="M", help="of SGD")
     recipe(g, "--weight-decay", "of the optimizer", type=_weight, metavar="W")
     recipe(g, "--clip-grad", "largest norm of the gradient; 0: no limit", type=_weight, metavar="NORM")
@@ -196,9 +196,15 @@ def parse(argv=None):
         p.error(f"--teacher-weights {args.teacher_weights} needs --teacher BACKBONE")
     if args.size[0] > args.size[1]:
         p.error(f"--size {args.size[0]} {args.size[1]}: the limit of the longer side is below the shorter side")
+    named = [*DISTILLATION, *(f"no_{level}" for level in LEVELS)]
+    given = [f"--{name.replace('_', '-')}" for name in named if getattr(args, name) != p.get_default(name)]
+    if given and args.student and not args.teacher:
+        p.error(f"{given[0]} needs --teacher BACKBONE: nothing is distilled without")
     for level in LEVELS:
         if getattr(args, f"no_{level}"):
             setattr(args, f"weight_{level}", 0.0)
+    if args.teacher and not levels_of(args).weights():  # the plain student: no teacher is needed
+        args.teacher = args.teacher_weights = None
     return args
 
 
@@ -219,6 +225,7 @@ def build_of(args, backbone, num_classes):
         "num_classes": num_classes,
         "backbone_weights": args.backbone_weights,
         "norm": "frozen" if frozen else "batch",
+        "trainable_layers": 3 if frozen else 5,
         "min_size": args.size[0],
         "max_size": args.size[1],
         **options,
@@ -235,7 +242,7 @@ def _number(kind, least, text):
             value = kind(word)
         except ValueError:
             value = None
-        if value is None or not least <= value < float("inf"):
+        if value is None or not least <= value < 2**31:
             raise argparse.ArgumentTypeError(f"{word!r} is not {text}")
         return value
 

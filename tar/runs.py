@@ -46,36 +46,38 @@ def run_name(args, machine):
     return f"{data}-{args.detector}-{model}-{args.epochs}e-seed{args.seed}-{digest}"
 
 
-def open_run(output, settings, main):
-    """Makes the folder of a run, or finds it.
+def find_run(output, settings):
+    """Looks whether a run is there already; writes nothing.
 
     Args:
         output: the folder.
         settings: of the run that is to be done.
-        main: whether this process writes.
 
     Returns:
         result.json's dict if the run has ended, else None.
 
     Raises:
-        UserError: the folder holds a run of other settings, or cannot be written.
+        UserError: the folder holds a run of other settings.
     """
     config = output / "config.json"
-    if config.is_file():
-        before = read_json(config)
-        other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
-        if other:
-            shown = ", ".join(f"{k} {before.get(k)} (now {settings.get(k)})" for k in other[:3])
-            raise UserError(f"{config}: a run of other settings is there: {shown}; give another --output, or remove it")
-        if (output / "result.json").is_file():
-            return read_json(output / "result.json")
-    elif main:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            checkpoint.save_json(config, settings)
-        except OSError as error:
-            raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
-    return None
+    if not config.is_file():
+        return None
+    before = read_json(config)
+    other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+    if other:
+        shown = ", ".join(f"{k} {before.get(k)} (now {settings.get(k)})" for k in other[:3])
+        raise UserError(f"{config}: a run of other settings is there: {shown}; give another --output, or remove it")
+    return read_json(output / "result.json") if (output / "result.json").is_file() else None
+
+
+def begin_run(output, settings, epoch):
+    """Makes the folder of a run that starts, or goes on after an epoch, and its config.json."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+    checkpoint.save_json(output / "config.json", settings)
+    trim_log(output / "log.jsonl", epoch)
 
 
 def read_json(path):

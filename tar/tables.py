@@ -8,14 +8,15 @@ def markdown(header, rows):
         header: list of column titles.
         rows: list of lists of cells; floats are shown with one digit, None as a dash.
     """
-    cells = [header, *[[_cell(value) for value in row] for row in rows]]
+    cells = [header, *[[cell(value) for value in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 
 
-def _cell(value):
+def cell(value):
+    """A figure with one digit, a dash for none."""
     if value is None:
         return "-"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
