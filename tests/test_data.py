@@ -48,12 +48,12 @@ def voc(tmp_path):
 
 class TestVoc:
     def test_boxes_become_continuous_and_difficult_is_kept(self, tmp_path):
-        write_image(tmp_path, "000007", [CAT, ("dog", (1, 1, 40, 30), 1), ("cat", (12, 3, 12, 3), 0)])
+        write_image(tmp_path, "000007", [CAT, ("dog", (1, 1, 40, 30), 1), ("cat", (12, 3, 13, 4), 0)])
         write_list(tmp_path, "trainval", ["000007"])
         source = Voc([tmp_path], "trainval", ("cat", "dog"))
         image, boxes, labels, ignored = source.load(0, 0)
         assert len(source) == 1 and source.classes == ("cat", "dog") and source.dropped == []
-        assert boxes.tolist() == [[2, 4, 10, 20], [0, 0, 40, 30], [11, 2, 12, 3]] and boxes.dtype == torch.float32
+        assert boxes.tolist() == [[2, 4, 10, 20], [0, 0, 40, 30], [11, 2, 13, 4]] and boxes.dtype == torch.float32
         assert labels.tolist() == [1, 2, 1] and labels.dtype == torch.int64
         assert ignored.tolist() == [False, True, False]
         assert image.shape == (3, 30, 40) and image.dtype == torch.uint8
