@@ -44,11 +44,12 @@ def main(argv=None):
 def demo(args, data, machine):
     """Teacher, plain student, distilled student and a plain student of the same cost, and their table.
 
-    The teacher is the larger in everything: its ResNet, and half as wide again in pyramid and box head.
+    The teacher is the larger in everything: its ResNet, half as wide again in pyramid and box head, and half as long
+    again in training.
     """
     folder = Path(args.output or "runs/demo")
     large = {"student": "r18", "fpn_channels": args.fpn_channels * 3 // 2, "head_channels": args.head_channels * 3 // 2}
-    teacher_args = changed(args, **large, output=folder / "teacher")
+    teacher_args = changed(args, **large, epochs=args.epochs * 3 // 2, output=folder / "teacher")
     plain_args = changed(args, student="r10", output=folder / "plain")
     tar_args = changed(plain_args, teacher="r18", teacher_weights=folder / "teacher/last.pth", output=folder / "tar")
     teacher, plain = train(teacher_args, data, machine), train(plain_args, data, machine)

@@ -24,7 +24,7 @@ VOC_CLASSES = (
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 DATASETS = ("shapes", "voc")
-SHAPES_IMAGES = {"train": 1500, "test": 400}  # an epoch of fresh images; the fixed test images
+SHAPES_IMAGES = {"train": 1100, "test": 400}  # an epoch of fresh images; the fixed test images
 
 
 class Voc:

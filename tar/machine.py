@@ -97,14 +97,15 @@ def set_up(device="auto", amp="auto", threads=0):
         raise UserError(f"--device {device}: under torchrun each process takes its own card; give --device cuda")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    rank, world = 0, 1
     try:
         device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+            raise RuntimeError("only cpu" + " and cuda" * torch.cuda.is_available())
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+    except RuntimeError as error:
         raise UserError(f"--device {device}: not to be had here ({one_line(error)})") from None
-    rank, world = 0, 1
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if together:  # two hours: the others wait while rank 0 downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         rank, world = dist.get_rank(), dist.get_world_size()
