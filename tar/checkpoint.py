@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -53,6 +54,8 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
+    except UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors and plain values, or is cut short; not loaded") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
         raise UserError(f"{path}: cannot be read as a checkpoint ({one_line(error)})") from error
     if not isinstance(state, dict) or not {"format", "model", "build", "classes", "settings"} <= state.keys():

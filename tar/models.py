@@ -7,6 +7,7 @@ convolutions run in the autocast type, coordinates never do.
 
 from collections import OrderedDict
 from pathlib import Path
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
@@ -96,6 +97,8 @@ def build_resnet(name, weights="none", norm="batch"):
             resnet.load_state_dict(state | _fc_of(resnet))
         except FileNotFoundError:
             raise UserError(f"--backbone-weights {weights}: no such file; {instead}") from None
+        except UnpicklingError:
+            raise UserError(f"--backbone-weights {weights}: holds more than tensors; not loaded; {instead}") from None
         except Exception as error:
             raise UserError(
                 f"--backbone-weights {weights}: not the state dict of a {name} ({one_line(error)})"

@@ -1,5 +1,6 @@
 """The Step: what is computed, from what, and where gradients go; the three losses recomputed with plain loops."""
 
+import copy
 import json
 import math
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import train
-from tar.distill import Levels, Step
+from tar.distill import Levels, Step, box_head
+from tar.machine import Machine
 from tar.shapes import Shapes
 
 NAMES = {"backbone": "distill_backbone", "cls": "distill_cls", "reg": "distill_reg"}
@@ -424,3 +426,15 @@ def test_bfloat16_is_near_float32(student, teacher, batch, monkeypatch):
     assert any(half.item() != exact[1][name].item() for name, half in rounded[1].items())  # it did round
     sum([*rounded[0].values(), *rounded[1].values()]).backward()
     assert all(torch.isfinite(g).all() for g in gradients(step).values())
+
+
+def test_a_teacher_that_is_cast_once_gives_the_same_numbers(teacher):
+    machine, cast = Machine(0, 1, torch.device("cpu"), "bf16"), copy.deepcopy(teacher)
+    machine.freeze(cast)
+    assert cast.backbone.body.conv1.weight.dtype == torch.bfloat16
+    images, regions = torch.rand(2, 3, 64, 96), [torch.tensor([[4.0, 4, 40, 50]]), torch.tensor([[9.0, 2, 90, 60]])]
+    with machine.autocast(), torch.no_grad():
+        levels, cast_levels = teacher.backbone(images), cast.backbone(images)
+        answers = [box_head(m, f, regions, [(64, 96)] * 2) for m, f in ((teacher, levels), (cast, cast_levels))]
+    assert all(torch.equal(levels[name], cast_levels[name]) for name in levels)
+    assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
