@@ -300,9 +300,7 @@ def report(data, machine):
     for name, source in (("training", train_set), ("test", test_set)):
         dropped = getattr(source, "dropped", [])
         if dropped:
-            machine.say(
-                f"{len(dropped)} {name} images have boxes of no area, which were dropped: {', '.join(dropped[:5])}"
-            )
+            machine.say(f"Boxes of no area were dropped in {len(dropped)} {name} images: {', '.join(dropped[:5])}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_runs import plain, voc, work  # noqa: F401  (fixtures of several files)
 
 from tar.models import build_detector
 

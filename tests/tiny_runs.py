@@ -1,0 +1,109 @@
+"""Runs of train.py on a handful of small images, made once and looked at by several tests."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = """
+    --size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --anchor-scale 4 --roi-samples 1
+    --epochs 2 --batch-size 4 --limit-train 12 --limit-test 6 --optimizer adamw --lr 0.004 --weight-decay 0.05
+    --schedule cosine --warmup 1 --clip-grad 0 --backbone-weights none --workers 0 --threads 1 --amp none
+    --device cpu --log-every 1
+    """
+SMALL = FLAGS.split()
+WEIGHTS = ["--weight-backbone", 0.05, "--weight-cls", 0.5, "--weight-reg", 0.25]
+DETECTION = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+STEPS = 6  # 2 epochs of 3 batches
+
+
+def command(script, *flags):
+    """Runs a script of the repository as a user does."""
+    words = [sys.executable, ROOT / script, *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150, env=environment)
+
+
+def call(main, *flags):
+    main([str(flag) for flag in flags])
+
+
+def read_log(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "lr" in line], [line for line in lines if "metrics" in line]
+
+
+def read_result(run):
+    return json.loads((run / "result.json").read_text())
+
+
+def weights_of(run):
+    return torch.load(run / "last.pth", weights_only=True)["model"]
+
+
+def same_weights(one, other):
+    one, other = weights_of(one), weights_of(other)
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def write_voc(folder, classes, lists):
+    """Images with a disc and a square each, in VOC's layout; the last object of every other image is difficult."""
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    number = 0
+    for split, count in lists.items():
+        names = [f"{number + i:06d}" for i in range(count)]
+        (folder / "ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            rng, image, objects = np.random.default_rng(number), Image.new("RGB", (96, 72), (70, 70, 70)), ""
+            for k, kind in enumerate(classes):
+                x, y = int(rng.integers(2, 14)) + 46 * k, int(rng.integers(2, 40))
+                draw = (ImageDraw.Draw(image).ellipse, ImageDraw.Draw(image).rectangle)[k]
+                draw((x, y, x + 27, y + 27), fill=((220, 30, 30), (30, 30, 220))[k])
+                ends = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + 28}</xmax><ymax>{y + 28}</ymax>"
+                difficult = int(k == 1 and number % 2)
+                objects += (
+                    f"<object><name>{kind}</name><difficult>{difficult}</difficult><bndbox>{ends}</bndbox></object>"
+                )
+            image.save(folder / "JPEGImages" / f"{name}.jpg")
+            size = "<size><width>96</width><height>72</height><depth>3</depth></size>"
+            (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+            number += 1
+    return folder
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="session")
+def plain(work):
+    """A plain student on drawn shapes: its flags, its folder and what was printed."""
+    flags = [*SMALL, "--student", "r10", "--output", work / "plain"]
+    done = command("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return Namespace(flags=flags, run=work / "plain", out=done.stdout)
+
+
+@pytest.fixture(scope="session")
+def voc(work):
+    """A student and its teacher on a folder in VOC's layout."""
+    data = write_voc(work / "discs", ("disc", "square"), {"trainval": 12, "test": 6})
+    common = [*SMALL, "--dataset", "voc", "--data-path", data]
+    flags = [*common, *WEIGHTS, "--student", "r10", "--teacher", "r18", "--output", work / "voc/student"]
+    done = command("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    teacher = next(p for p in (work / "voc").iterdir() if p.name != "student")
+    return Namespace(flags=flags, common=common, data=data, run=work / "voc/student", teacher=teacher, out=done.stdout)
+
+
+# A plain run
