@@ -28,7 +28,7 @@ def parser():
     p.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in training)")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), help="precision (default: as in training)")
-    p.add_argument("--device", default="auto", help="cpu, cuda; auto: cuda where there is one")
+    p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's choice")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
     return p

@@ -4,20 +4,22 @@ from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 from tar import options
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-FLAGS = [flag for action in options.parser()._actions for flag in action.option_strings if flag.startswith("--")]
+ACTIONS = options.parser()._actions + evaluation.parser()._actions
+FLAGS = {flag for action in ACTIONS for flag in action.option_strings if flag.startswith("--")}
 
 
-@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag != "--help"])
+@pytest.mark.parametrize("flag", sorted(FLAGS - {"--help"}))
 def test_every_flag_has_a_row(flag):
     assert any(line.startswith((f"| `{flag}`", f"| `{flag} ")) for line in README.splitlines())
 
 
 def test_every_row_is_a_flag():
     rows = [line.split("`")[1].split()[0] for line in README.splitlines() if line.startswith("| `--")]
-    assert set(rows) <= set(FLAGS)
+    assert set(rows) <= FLAGS
 
 
 @pytest.mark.parametrize(
