@@ -35,11 +35,6 @@ class Machine:
         if self.main:
             tqdm.write(text)
 
-    def wait(self):
-        """Until every process is here."""
-        if self.world > 1:
-            dist.barrier()
-
     def shared(self, value):
         """Rank 0's value, on every process: for what is measured, and so differs from process to process."""
         box = [value]

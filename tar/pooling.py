@@ -2,8 +2,8 @@
 
 A pooled value is a weighted sum of cells, the same weights for every channel: RoIAlign is torch's `embedding_bag`
 with the cells of all levels and images as its table. torchvision's CPU kernel scatters the gradient value by value
-on one thread: for 512 regions of 256 channels in each of two images it took 993 ms forward and backward, this 146 ms
-(2 threads, median of 5). On a GPU torchvision's kernel is used.
+on one thread: for 512 regions of 256 channels in each of two images of 320 pixels it took 1,098 ms forward and
+backward, this class 165 ms (2 threads, median of 5 in turn). On a GPU torchvision's kernel is used.
 """
 
 import torch

@@ -91,7 +91,7 @@ def draw(rng, side=SIDE):
     scale = side / SIDE
     shapes = []
     count = int(rng.integers(2, MAX_OBJECTS + 1))
-    for number in range(count + int(rng.integers(0, 4))):  # the shapes, then clutter behind nothing
+    for number in range(count + int(rng.integers(0, 4))):  # the shapes, then clutter over them
         clutter = number >= count
         ratio = rng.random()
         radius = scale * (RADII[0] * (1 - ratio * ratio) + RADII[1] * ratio * ratio)
