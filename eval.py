@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint of train.py on the test split of its data set.
+"""Evaluates a checkpoint of train.py on its data set.
 
 python eval.py --weights runs/demo/tar/last.pth [--json FILE]
 """
@@ -24,6 +24,7 @@ def parser():
     )
     p.add_argument("--weights", required=True, metavar="FILE", help="checkpoint, the last.pth of a run")
     p.add_argument("--data-path", metavar="DIR", help="folder of the data (default: as in training)")
+    p.add_argument("--split", choices=("test", "val"), help="what to measure on (default: as in training)")
     p.add_argument("--limit-test", type=int, metavar="N", help="test images; 0: all (default: as in training)")
     p.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in training)")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
@@ -39,11 +40,11 @@ def main(argv=None):
     try:
         model, saved = checkpoint.load_detector(given.weights)
         flags = {k: v for k, v in vars(given).items() if v is not None}
-        args = Namespace(**{"data_path": "data", "voc_years": ["2007"], **saved["settings"], **flags})
+        args = Namespace(**{"data_path": "data", "voc_years": ["2007"], "split": "test", **saved["settings"], **flags})
         machine = set_up(args.device, args.amp, args.threads)
         if given.json and not Path(given.json).resolve().parent.is_dir():
             raise UserError(f"--json {given.json}: there is no such folder")
-        where = {"data_path": args.data_path, "years": args.voc_years, "limit": args.limit_test}
+        where = {"data_path": args.data_path, "years": args.voc_years, "limit": args.limit_test, "split": args.split}
         test_set = load_test_set(args.dataset, saved["classes"], **where)
         with machine.autocast():
             voc, progress = args.dataset == "voc", machine.progress("evaluating")
@@ -57,11 +58,16 @@ def main(argv=None):
                 progress,
             )
         per_class = metrics.pop("per_class")
-        machine.say(f"{given.weights}: {len(test_set)} test images of {args.dataset}, {machine.amp} autocast\n")
+        machine.say(f"{given.weights}: {len(test_set)} {args.split} images of {args.dataset}, {machine.amp} autocast\n")
         machine.say(markdown(["figure", "percent"], [[k, v] for k, v in metrics.items()]))
         machine.say("\n" + class_table(per_class))
         if given.json and machine.main:
-            about = {"weights": given.weights, "dataset": args.dataset, "split": "test", "test_images": len(test_set)}
+            about = {
+                "weights": given.weights,
+                "dataset": args.dataset,
+                "split": args.split,
+                "test_images": len(test_set),
+            }
             checkpoint.save_json(given.json, {**about, **metrics, "per_class": per_class})
     except UserError as error:
         fail("eval.py", error)

@@ -30,7 +30,7 @@ def main(argv=None):
     try:
         machine = set_up(args.device, args.amp, args.threads)
         limits = {"limit_train": args.limit_train, "limit_test": args.limit_test}
-        given = {"seed": args.seed, "download": args.download and machine.main, **limits}
+        given = {"seed": args.seed, "download": args.download and machine.main, "split": args.split, **limits}
         data = machine.in_turn(load_dataset, args.dataset, args.data_path, args.voc_years, **given)
         report(data, machine)
         demo(args, data, machine) if args.student is None else distil(args, data, machine)
@@ -207,7 +207,7 @@ def train(args, data, machine):
         result = {
             **metrics,
             "dataset": args.dataset,
-            "split": "test",
+            "split": args.split,
             "test_images": len(test_set),
             "train_images": len(train_set),
             "epochs": args.epochs,
@@ -258,13 +258,13 @@ def load_teacher(args, data, machine):
         machine.say(
             f"Note: the teacher was trained on images of {size} pixels, and will see the student's {args.size}."
         )
-    measured, same = path.parent / "result.json", ("dataset", "data_path", "voc_years", "limit_test", "epochs")
+    measured, same = path.parent / "result.json", ("dataset", "data_path", "voc_years", "split", "limit_test", "epochs")
     now = settings_of(changed(args, epochs=saved.get("epoch")), machine)
     if measured.is_file() and path.name == "last.pth" and all(saved["settings"].get(k) == now.get(k) for k in same):
         ap, where = read_json(measured)["AP"], f"as measured in {measured}"
     else:
         ap, where = measure(teacher, args, data[1], machine)["AP"], "measured now"
-    machine.say(f"Teacher {path}: AP {cell(ap)} on the test split, {where}")
+    machine.say(f"Teacher {path}: AP {cell(ap)} on the {args.split} split, {where}")
     return teacher
 
 

@@ -163,7 +163,9 @@ def download_voc(data_path, years):
                 ) from error
 
 
-def load_dataset(name, data_path="data", years=("2007",), limit_train=0, limit_test=0, seed=0, download=False):
+def load_dataset(
+    name, data_path="data", years=("2007",), limit_train=0, limit_test=0, seed=0, download=False, split="test"
+):
     """The training and the test source of a data set.
 
     Args:
@@ -173,33 +175,35 @@ def load_dataset(name, data_path="data", years=("2007",), limit_train=0, limit_t
         limit_train, limit_test: first images only; 0 for all.
         seed: of the shapes that are drawn for training.
         download: fetch VOC first.
+        split: "test", or "val" to tune on: voc then trains on the train list instead of trainval and tests on the val
+            list, shapes tests on other images.
 
     Returns:
         train, test: two sources of the same classes.
     """
     if name == "shapes":
-        train = Shapes(True, limit_train or SHAPES_IMAGES["train"], seed)
-        return train, Shapes(False, limit_test or SHAPES_IMAGES["test"])
+        train = Shapes("train", limit_train or SHAPES_IMAGES["train"], seed)
+        return train, Shapes(split, limit_test or SHAPES_IMAGES["test"])
     if download:
         download_voc(data_path, years)
     folders = voc_folders(data_path, years)
-    tested = tested_folders(folders)
-    classes = voc_classes([(f, "trainval") for f in folders] + [(f, "test") for f in tested])
-    return Voc(folders, "trainval", classes, limit_train), Voc(tested, "test", classes, limit_test)
+    trained, tested = "trainval" if split == "test" else "train", tested_folders(folders, split)
+    classes = voc_classes([(f, trained) for f in folders] + [(f, split) for f in tested])
+    return Voc(folders, trained, classes, limit_train), Voc(tested, split, classes, limit_test)
 
 
-def load_test_set(name, classes, data_path="data", years=("2007",), limit=0):
+def load_test_set(name, classes, data_path="data", years=("2007",), limit=0, split="test"):
     """The test source alone, for a detector that knows the given classes; arguments as load_dataset."""
     if name == "shapes":
-        return Shapes(False, limit or SHAPES_IMAGES["test"])
-    return Voc(tested_folders(voc_folders(data_path, years)), "test", classes, limit)
+        return Shapes(split, limit or SHAPES_IMAGES["test"])
+    return Voc(tested_folders(voc_folders(data_path, years), split), split, classes, limit)
 
 
-def tested_folders(folders):
-    """Those of VOC's folders that have a list of test images."""
-    tested = [f for f in folders if (f / "ImageSets" / "Main" / "test.txt").is_file()]
+def tested_folders(folders, split="test"):
+    """Those of VOC's folders that have a list of the images to test on."""
+    tested = [f for f in folders if (f / "ImageSets" / "Main" / f"{split}.txt").is_file()]
     if not tested:
-        raise UserError(f"{folders[0] / 'ImageSets' / 'Main' / 'test.txt'}: no such list of images to test on")
+        raise UserError(f"{folders[0] / 'ImageSets' / 'Main' / split}.txt: no such list of images to test on")
     return tested
 
 

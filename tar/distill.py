@@ -93,19 +93,20 @@ class Step(nn.Module):
             cells = over_processes(sum(m.sum() for m in where))
             distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
         if levels.cls > 0 or levels.reg > 0:
-            with torch.no_grad():
-                teacher_logits, teacher_boxes = box_head(teacher, teacher_features, regions, images.image_sizes)
             label = torch.cat(labels)
             positive = torch.where(label > 0)[0]
             label = label[positive]
             count = over_processes(torch.tensor(float(len(positive)), device=label.device), least=1.0)
+            with torch.no_grad():  # only the positive regions' answers are compared, so only they are asked for
+                asked = [r[y > 0] for r, y in zip(regions, labels, strict=True)]
+                teacher_logits, teacher_boxes = box_head(teacher, teacher_features, asked, images.image_sizes)
             if levels.cls > 0:
-                soft = logits[positive], teacher_logits[positive]
+                soft = logits[positive], teacher_logits
                 keep = better_gate(*soft, label) if levels.cls_gate == "better" else None
                 distillation["distill_cls"] = classification_loss(*soft, count, keep)
             if levels.reg > 0:
-                mine, taught = of_class(boxes[positive], label), of_class(teacher_boxes[positive], label)
-                region = torch.cat(regions)[positive]
+                mine, taught = of_class(boxes[positive], label), of_class(teacher_boxes, label)
+                region = torch.cat(asked)
                 truth = torch.cat([boxes_of(t, m) for t, m in zip(targets, matched_idxs, strict=True)])[positive]
                 gate = open_gate(levels.reg_gate, student.roi_heads.box_coder, mine, taught, region, truth)
                 distillation["distill_reg"] = regression_loss(mine, taught, gate, count)

@@ -83,6 +83,8 @@ def parser():
     g.add_argument(
         "--download", action="store_true", help="fetch VOC into --data-path first (torchvision's downloader)"
     )
+    text = "what to measure on; val is for tuning (voc: train list against val list; shapes: other images than test's)"
+    g.add_argument("--split", choices=("test", "val"), default="test", help=text)
     recipe(
         g, "--size", "shorter side, and limit of the longer, pixels", nargs=2, type=_positive, metavar=("MIN", "MAX")
     )

@@ -145,22 +145,25 @@ class Shapes:
     """The data set of drawn shapes.
 
     Args:
-        train: training images are drawn anew for every (seed, epoch, index); test image i is always the same.
+        split: "train" images are drawn anew for every (seed, epoch, index); image i of "test" is always the same, and
+            so is image i of "val", which is there to tune on.
         length: images an epoch.
         seed: of the training images.
     """
 
     classes = CLASSES
 
-    def __init__(self, train, length, seed=0):
-        self.train, self.length, self.seed = train, length, seed
+    def __init__(self, split, length, seed=0):
+        self.split, self.length, self.seed = split, length, seed
 
     def __len__(self):
         return self.length
 
     def load(self, epoch, index):
         """Image uint8 [3, SIDE, SIDE], boxes float [N, 4] in pixels, labels int64 [N], ignored bool [N]."""
-        image, boxes, labels = _drawn((1, self.seed, epoch, index) if self.train else (2, index))
+        image, boxes, labels = _drawn(
+            (1, self.seed, epoch, index) if self.split == "train" else ({"test": 2, "val": 3}[self.split], index)
+        )
         labels = torch.from_numpy(labels)
         return (
             torch.from_numpy(image).permute(2, 0, 1),

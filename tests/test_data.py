@@ -9,7 +9,17 @@ import torch
 from PIL import Image
 
 from tar import UserError, data, fail
-from tar.data import VOC_CLASSES, Samples, Voc, load_dataset, make_loader, read_annotation, to_device, train_batches
+from tar.data import (
+    VOC_CLASSES,
+    Samples,
+    Voc,
+    load_dataset,
+    load_test_set,
+    make_loader,
+    read_annotation,
+    to_device,
+    train_batches,
+)
 from tar.shapes import Shapes
 
 CAT = ("cat", (3, 5, 10, 20), 0)  # name; xmin, ymin, xmax, ymax as VOC counts; difficult
@@ -132,6 +142,15 @@ class TestLoadDataset:
         assert train.classes == test.classes == ("ant", "cat", "zebra")
         assert train.load(0, 0)[2].tolist() == [3, 2] and test.load(0, 0)[2].tolist() == [1]
 
+    def test_val_is_to_tune_on(self, tmp_path):
+        for number, split in enumerate(("train", "val", "trainval", "test")):
+            write_image(tmp_path, str(number))
+            write_list(tmp_path, split, [str(number)])
+        for split, names in (("val", ["0", "1"]), ("test", ["2", "3"])):
+            sources = load_dataset("voc", tmp_path, split=split)
+            assert [s[0].stem for source in sources for s in source.samples] == names
+            assert load_test_set("voc", VOC_CLASSES, tmp_path, split=split).samples[0][0].stem == names[1]
+
     def test_limits(self, tmp_path):
         names = [f"00000{i}" for i in range(1, 6)]
         for name in names:
@@ -143,8 +162,9 @@ class TestLoadDataset:
 
     def test_shapes(self):
         train, test = load_dataset("shapes", limit_train=7, limit_test=5, seed=3)
-        assert (train.train, len(train), train.seed) == (True, 7, 3)
-        assert (test.train, len(test)) == (False, 5)
+        assert (train.split, len(train), train.seed) == ("train", 7, 3)
+        assert (test.split, len(test)) == ("test", 5)
+        assert load_dataset("shapes", split="val")[1].split == load_test_set("shapes", (), split="val").split == "val"
         assert [len(s) for s in load_dataset("shapes")] == [data.SHAPES_IMAGES["train"], data.SHAPES_IMAGES["test"]]
 
 
@@ -350,7 +370,7 @@ class TestTrainBatches:
 
 
 def test_batches_are_the_same_with_and_without_workers():
-    source, keys = Shapes(True, 6, seed=2), [[(1, 4), (1, 0)], [(1, 3), (2, 3)], [(1, 5)]]
+    source, keys = Shapes("train", 6, seed=2), [[(1, 4), (1, 0)], [(1, 3), (2, 3)], [(1, 5)]]
     here, there = (list(make_loader(source, True, keys, seed=2, workers=workers)) for workers in (0, 2))
     assert [[t["image_id"] for t in targets] for _, targets in here] == [[4, 0], [3, 3], [5]]
     for (images, targets), (images_there, targets_there) in zip(here, there, strict=True):

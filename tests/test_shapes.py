@@ -17,37 +17,37 @@ def load(source, epoch=0, index=0):
 
 
 def test_an_image_has_the_form_of_a_source():
-    image, boxes, labels, ignored = Shapes(True, 10).load(0, 3)
+    image, boxes, labels, ignored = Shapes("train", 10).load(0, 3)
     assert image.shape == (3, SIDE, SIDE) and image.dtype == torch.uint8
     assert boxes.shape == (len(labels), 4) and boxes.dtype == torch.float32
     assert labels.dtype == torch.int64
     assert ignored.tolist() == [False] * len(labels)
-    assert len(Shapes(True, 10)) == 10
+    assert len(Shapes("train", 10)) == 10
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_two_sources_draw_the_same(train):
-    one, two = Shapes(train, 10, seed=5), Shapes(train, 10, seed=5)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_two_sources_draw_the_same(split):
+    one, two = Shapes(split, 10, seed=5), Shapes(split, 10, seed=5)
     for index in range(3):
         assert load(one, 2, index) == load(two, 2, index)
 
 
 def test_training_images_differ_by_epoch_index_and_seed():
     keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
-    images = [load(Shapes(True, 10, seed), epoch, index)[0] for seed, epoch, index in keys]
+    images = [load(Shapes("train", 10, seed), epoch, index)[0] for seed, epoch, index in keys]
     assert all(images[i] != images[j] for i in range(4) for j in range(i))
 
 
 def test_test_images_differ_by_index_only():
-    first = load(Shapes(False, 10, seed=0), 0, 0)
-    assert load(Shapes(False, 10, seed=1), 3, 0) == first
-    assert load(Shapes(False, 10, seed=0), 0, 1)[0] != first[0]
+    first = load(Shapes("test", 10, seed=0), 0, 0)
+    assert load(Shapes("test", 10, seed=1), 3, 0) == first
+    assert load(Shapes("test", 10, seed=0), 0, 1)[0] != first[0]
 
 
-def test_no_training_image_is_a_test_image():
-    tested = [load(Shapes(False, 5), 0, index)[0] for index in range(5)]
-    trained = [load(Shapes(True, 5, seed), 0, index)[0] for seed in range(3) for index in range(5)]
-    assert not any(image in tested for image in trained)
+def test_no_image_is_in_two_splits():
+    fixed = [load(Shapes(split, 5), 0, index)[0] for split in ("test", "val") for index in range(5)]
+    trained = [load(Shapes("train", 5, seed), 0, index)[0] for seed in range(3) for index in range(5)]
+    assert not any(fixed[i] in fixed[:i] for i in range(10)) and not any(image in fixed for image in trained)
 
 
 def test_drawing_leaves_the_global_generators_alone():
@@ -55,16 +55,16 @@ def test_drawing_leaves_the_global_generators_alone():
         return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 
     before = states()
-    first = load(Shapes(True, 10))
+    first = load(Shapes("train", 10))
     assert states() == before
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    assert load(Shapes(True, 10)) == first
+    assert load(Shapes("train", 10)) == first
 
 
 def test_labels_and_boxes_are_in_range_and_every_class_appears():
-    source, seen, counts = Shapes(False, 150), set(), set()
+    source, seen, counts = Shapes("test", 150), set(), set()
     for index in range(len(source)):
         _, boxes, labels, _ = source.load(0, index)
         assert (boxes >= 0).all() and (boxes <= SIDE).all()
@@ -136,6 +136,6 @@ def test_the_pixels_are_the_same_on_every_machine():
     """Figures in the README are of these images; whoever changes how they are drawn has to measure again."""
     digest = hashlib.sha256()
     for index in range(50):
-        for part in Shapes(False, 50).load(0, index)[:3]:
+        for part in Shapes("test", 50).load(0, index)[:3]:
             digest.update(part.contiguous().numpy().tobytes())
     assert digest.hexdigest() == "c473f12d47470837d00d46edaddc37806ffed943572f3a754e2dcd274e0fee4d"
