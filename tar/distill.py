@@ -1,11 +1,12 @@
 """One training step of task adaptive regularization, from images to losses (METHOD sections 1 to 4).
 
-    images --student--> features --RPN--> proposals --sampled--> regions --student's box head--> its answers
-       |                   |                                        |
-       +-----teacher--> features ---------------------------------- + ---teacher's box head--> its answers
+    images --student--> features --> regions --student's head--> its answers
+       |                   |            |
+       +-----teacher--> features -------+--------teacher's head--> its answers
 
-Both answer for the same regions, so they can be compared. The teacher runs its backbone and box head and nothing
-else: no RPN, no suppression, no post-processing, no gradient.
+Both answer for the same regions, so they can be compared: Faster R-CNN for the regions that the student's box head
+trains on, RetinaNet for the anchors. The teacher runs its backbone and its head and nothing else: no RPN (unless
+its own proposals are asked for), no suppression, no post-processing, no gradient.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,15 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
+from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.ops import box_iou
 
 from tar import masks
 from tar.losses import backbone_loss, better_gate, classification_loss, decode, regression_gate, regression_loss
+
+PROPOSALS = ("student", "teacher", "both")
+SOFT_LABELS = ("positive", "all")
 
 
 @dataclass
@@ -30,6 +36,10 @@ class Levels:
     sigma2: float = 2.0
     cls_gate: str = "none"
     reg_gate: str = "proposal"
+    proposals: str = "student"
+    sharing: bool = True
+    soft_labels: str = "positive"
+    background_weight: float = 1.5
 
     def weights(self):
         """The levels that are on: {name: weight}."""
@@ -72,51 +82,153 @@ class Step(nn.Module):
             seen: {name: scalar without gradient}: positives of this process; gate_open, the share of all processes'
                 positives that the gate lets through.
         """
-        student = self.student
+        student, levels, distillation, seen = self.student, self.levels, {}, {}
         images, targets = student.transform(images, targets)
         pixels = images.tensors.contiguous(memory_format=torch.channels_last)
         features = student.backbone(pixels)
-        proposals, detection = student.rpn(images, features, targets)
-        regions, matched_idxs, labels, deltas = student.roi_heads.select_training_samples(proposals, targets)
-        logits, boxes = box_head(student, features, regions, images.image_sizes)
-        detection["loss_classifier"], detection["loss_box_reg"] = fastrcnn_loss(logits, boxes, labels, deltas)
+        with torch.no_grad():
+            teacher_features = teacher.backbone(pixels) if teacher is not None else None
+        asks_heads = teacher is not None and (levels.cls > 0 or levels.reg > 0)
+        share = retinanet if isinstance(student, RetinaNet) else faster_rcnn
+        pair = (teacher, teacher_features, levels) if asks_heads else None
+        detection, shared = share(student, features, images, targets, pair)
         if teacher is None:
             return detection, {}, {}
 
-        levels, distillation, seen = self.levels, {}, {}
-        with torch.no_grad():
-            teacher_features = teacher.backbone(pixels)
         if levels.backbone > 0:
             adapted = [adapt(f).float() for adapt, f in zip(self.adapters, features.values(), strict=True)]
             wanted = list(teacher_features.values())
-            where = masks.pyramid_masks(targets, wanted, student.strides, levels.mask, levels.sigma2)
+            anchors = None
+            if levels.mask == "fine-grained":
+                anchors = anchor_generator(student)(images, wanted)
+            where = masks.pyramid_masks(targets, wanted, student.strides, levels.mask, levels.sigma2, anchors)
             cells = over_processes(sum(m.sum() for m in where))
             distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
-        if levels.cls > 0 or levels.reg > 0:
-            label = torch.cat(labels)
-            positive = torch.where(label > 0)[0]
-            label = label[positive]
-            count = over_processes(torch.tensor(float(len(positive)), device=label.device), least=1.0)
-            with torch.no_grad():  # only the positive regions' answers are compared, so only they are asked for
-                asked = [r[y > 0] for r, y in zip(regions, labels, strict=True)]
-                teacher_logits, teacher_boxes = box_head(teacher, teacher_features, asked, images.image_sizes)
+        if asks_heads:
+            positive = shared.label > 0
+            count = over_processes(positive.sum(), least=1.0)  # K
+            soft = shared.logits, shared.teacher_logits
             if levels.cls > 0:
-                soft = logits[positive], teacher_logits
-                keep = better_gate(*soft, label) if levels.cls_gate == "better" else None
-                distillation["distill_cls"] = classification_loss(*soft, count, keep)
+                keep = better_gate(*soft, shared.label, shared.sigmoid) if levels.cls_gate == "better" else None
+                if levels.soft_labels == "all":
+                    each = torch.where(positive, 1.0, levels.background_weight)
+                    keep = each if keep is None else keep * each
+                regions = count if levels.soft_labels == "positive" else over_processes(torch.ones_like(positive).sum())
+                distillation["distill_cls"] = classification_loss(*soft, regions, keep, shared.sigmoid)
             if levels.reg > 0:
-                mine, taught = of_class(boxes[positive], label), of_class(teacher_boxes, label)
-                region = torch.cat(asked)
-                truth = torch.cat([boxes_of(t, m) for t, m in zip(targets, matched_idxs, strict=True)])[positive]
-                gate = open_gate(levels.reg_gate, student.roi_heads.box_coder, mine, taught, region, truth)
+                mine, taught = shared.deltas[positive], shared.teacher_deltas[positive]
+                places = shared.region[positive], shared.teacher_region[positive], shared.truth[positive]
+                gate = open_gate(levels.reg_gate, shared.box_coder, mine, taught, *places)
                 distillation["distill_reg"] = regression_loss(mine, taught, gate, count)
-                seen["gate_open"] = over_processes(gate.float().sum()) / count
-            seen["positives"] = torch.tensor(float(len(positive)), device=label.device)
+                seen["gate_open"] = over_processes(gate.sum()) / count
+            seen["positives"] = positive.sum().float()
         return detection, distillation, seen
 
 
+@dataclass
+class Shared:
+    """What both models say of the same regions, row by row.
+
+    label int64 [P], the true class, 0 for background; region and teacher_region [P, 4] xyxy, where each was asked
+    (the same but for --no-sharing); truth [P, 4], the matched ground-truth boxes; logits [P, classes + 1] and deltas
+    [P, 4] of the true class from the student, teacher_logits and teacher_deltas from the teacher.
+    """
+
+    label: torch.Tensor
+    region: torch.Tensor
+    teacher_region: torch.Tensor
+    truth: torch.Tensor
+    logits: torch.Tensor
+    deltas: torch.Tensor
+    teacher_logits: torch.Tensor
+    teacher_deltas: torch.Tensor
+    box_coder: object
+    sigmoid: bool  # whether a logit is a class's own yes or no (RetinaNet), or one of a softmax (Faster R-CNN)
+
+
+def faster_rcnn(student, features, images, targets, pair=None):
+    """Faster R-CNN's ordinary losses, and what both models say of the sampled regions.
+
+    Args:
+        features: the student's pyramid; images: ImageList after the transform; targets: resized with them.
+        pair: (teacher, its features, levels); None where only the ordinary losses are wanted.
+
+    Returns:
+        {name: scalar}; Shared, or None without a pair.
+    """
+    heads, sizes = student.roi_heads, images.image_sizes
+    proposals, detection = student.rpn(images, features, targets)
+    regions, matched_idxs, labels, deltas = heads.select_training_samples(proposals, targets)
+    logits, boxes = box_head(student, features, regions, sizes)
+    detection["loss_classifier"], detection["loss_box_reg"] = fastrcnn_loss(logits, boxes, labels, deltas)
+    if pair is None:
+        return detection, None
+
+    teacher, teacher_features, levels = pair
+    sets = []  # the student's and the teacher's regions, their labels and truth, a list of B each; answers known yet
+    if levels.sharing and levels.proposals in ("student", "both"):
+        truth = [boxes_of(t, m) for t, m in zip(targets, matched_idxs, strict=True)]
+        sets.append((regions, regions, labels, truth, (logits, boxes)))
+    if not levels.sharing or levels.proposals in ("teacher", "both"):
+        with torch.no_grad():
+            taught, _ = teacher.rpn(images, teacher_features)
+        if levels.sharing:
+            regions, matched_idxs, labels, _ = heads.select_training_samples(taught, targets)
+            truth = [boxes_of(t, m) for t, m in zip(targets, matched_idxs, strict=True)]
+            sets.append((regions, regions, labels, truth, None))
+        else:
+            sets.append((*nearest_proposals(proposals, taught, targets), None))
+    rows = []
+    for mine, theirs, labels, truth, answers in sets:
+        # Soft labels are for the positive regions, unless all are wanted: nothing is asked for the others.
+        asked = [y > 0 if levels.soft_labels == "positive" else y >= 0 for y in labels]
+        mine, theirs = ([r[a] for r, a in zip(model, asked, strict=True)] for model in (mine, theirs))
+        kept = torch.cat(asked)
+        label = torch.cat(labels)[kept]
+        if answers is None:
+            logits, boxes = box_head(student, features, mine, sizes)
+        else:
+            logits, boxes = (a[kept] for a in answers)
+        with torch.no_grad():
+            teacher_logits, teacher_boxes = box_head(teacher, teacher_features, theirs, sizes)
+        places = torch.cat(mine), torch.cat(theirs), torch.cat(truth)[kept]
+        rows.append((label, *places, logits, of_class(boxes, label), teacher_logits, of_class(teacher_boxes, label)))
+    return detection, Shared(*map(torch.cat, zip(*rows, strict=True)), heads.box_coder, sigmoid=False)
+
+
+def retinanet(student, features, images, targets, pair=None):
+    """RetinaNet's ordinary losses, and what both models say of the anchors; as faster_rcnn()."""
+    levels_of_pyramid = list(features.values())
+    answers, anchors = student.head(levels_of_pyramid), student.anchor_generator(images, levels_of_pyramid)
+    matched_idxs = []
+    for target, grid in zip(targets, anchors, strict=True):
+        if len(target["boxes"]):
+            matched_idxs.append(student.proposal_matcher(box_iou(target["boxes"], grid)))
+        else:
+            matched_idxs.append(torch.full((len(grid),), -1, device=grid.device))
+    losses = student.head.compute_loss(targets, answers, anchors, matched_idxs)
+    detection = {"loss_classifier": losses["classification"], "loss_box_reg": losses["bbox_regression"]}
+    if pair is None:
+        return detection, None
+
+    teacher, teacher_features, levels = pair
+    with torch.no_grad():
+        taught = teacher.head(list(teacher_features.values()))
+    rows = []
+    for i, (target, matched) in enumerate(zip(targets, matched_idxs, strict=True)):
+        # -1 is background, -2 neither: too near to a box for the one, not near enough for the other
+        asked = matched >= 0 if levels.soft_labels == "positive" else matched >= -1
+        matched = matched[asked]
+        label = torch.zeros_like(matched)
+        label[matched >= 0] = target["labels"][matched[matched >= 0]]
+        region, truth = anchors[i][asked], boxes_of(target, matched.clamp(min=0))
+        both = [a[key][i][asked] for a in (answers, taught) for key in ("cls_logits", "bbox_regression")]
+        rows.append((label, region, region, truth, *both))
+    return detection, Shared(*map(torch.cat, zip(*rows, strict=True)), student.box_coder, sigmoid=True)
+
+
 def box_head(model, features, regions, image_sizes):
-    """A detector's answers for given regions.
+    """A Faster R-CNN's answers for given regions.
 
     Args:
         model: teacher or student.
@@ -131,6 +243,36 @@ def box_head(model, features, regions, image_sizes):
     return heads.box_predictor(heads.box_head(heads.box_roi_pool(features, regions, image_sizes)))
 
 
+def nearest_proposals(proposals, teacher_proposals, targets, least=0.5):
+    """`--no-sharing`: of each model's own proposals the one that overlaps a ground-truth box best.
+
+    Args:
+        proposals, teacher_proposals: lists of B float [R, 4] xyxy, before the ground truth is mixed in.
+        targets: list of B dicts with boxes [N, 4] and labels [N].
+        least: a box that the student's best proposal overlaps less is left out.
+
+    Returns:
+        lists of B: the student's regions [M, 4], the teacher's [M, 4], labels [M], ground-truth boxes [M, 4].
+    """
+    rows = []
+    for own, taught, target in zip(proposals, teacher_proposals, targets, strict=True):
+        truth, labels = target["boxes"], target["labels"]
+        if not len(own) or not len(taught):
+            truth, labels = truth[:0], labels[:0]
+        if not len(truth):
+            rows.append((truth, truth, labels, truth))
+            continue
+        overlap, best = box_iou(truth, own).max(1)
+        near = overlap >= least
+        rows.append((own[best][near], taught[box_iou(truth, taught).argmax(1)][near], labels[near], truth[near]))
+    return tuple(map(list, zip(*rows, strict=True)))
+
+
+def anchor_generator(model):
+    """A detector's own anchor generator."""
+    return model.anchor_generator if isinstance(model, RetinaNet) else model.rpn.anchor_generator
+
+
 def of_class(deltas, label):
     """Each region's four deltas of its own class: [P, 4 * (classes + 1)], int [P] -> [P, 4]."""
     return deltas.unflatten(1, (-1, 4))[torch.arange(len(label), device=label.device), label]
@@ -143,7 +285,7 @@ def boxes_of(target, matched_idxs):
 
 
 @torch.no_grad()
-def open_gate(kind, box_coder, mine, taught, region, truth):
+def open_gate(kind, box_coder, mine, taught, region, teacher_region, truth):
     """The regression gate v: bool [P].
 
     Args:
@@ -151,12 +293,12 @@ def open_gate(kind, box_coder, mine, taught, region, truth):
             "none" (always open).
         box_coder: torchvision's, from deltas to boxes.
         mine, taught: deltas [P, 4] of student and teacher for the true class.
-        region, truth: [P, 4] xyxy, the regions and their matched ground truth.
+        region, teacher_region, truth: [P, 4] xyxy, the regions of each and their matched ground truth.
     """
     if kind == "none":
         return torch.ones(len(region), dtype=torch.bool, device=region.device)
     reference = region if kind == "proposal" else decode(box_coder, mine, region)
-    return regression_gate(decode(box_coder, taught, region), reference, truth)
+    return regression_gate(decode(box_coder, taught, teacher_region), reference, truth)
 
 
 def over_processes(count, least=0.0):
@@ -165,7 +307,7 @@ def over_processes(count, least=0.0):
     DDP averages the gradients of N processes; each process's sum over (total / N) therefore gives the gradient of
     one process with the whole batch.
     """
-    count = count.detach().clone()
+    count = count.detach().clone().float()
     world = 1
     if dist.is_initialized():
         dist.all_reduce(count)

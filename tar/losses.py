@@ -27,25 +27,34 @@ def backbone_loss(student, teacher, masks, cells):
     return total / (2 * cells.clamp(min=1e-6))
 
 
-def classification_loss(student_logits, teacher_logits, positives, keep=None):
-    """Soft labels on the positive regions: cross-entropy of the two softmax distributions.
+def classification_loss(student_logits, teacher_logits, positives, keep=None, sigmoid=False):
+    """Soft labels on the positive regions: cross-entropy of the teacher's and the student's probabilities.
 
-        L_cls = 1/K * sum_i CE(softmax(c_T_i), softmax(c_S_i))
+        Faster R-CNN:  L_cls = 1/K * sum_i CE(softmax(c_T_i), softmax(c_S_i))
+        RetinaNet:     L_cls = 1/K * sum_i sum_k BCE(sigmoid(c_T_ik), sigmoid(c_S_ik))
 
     Args:
-        student_logits, teacher_logits: [P, classes + 1], the rows of the positive regions; P may be 0.
+        student_logits, teacher_logits: [P, classes + 1], the rows of the positive regions; P may be 0. RetinaNet's
+            first column, which torchvision keeps for the background and never trains on, is left out.
         positives: K, a scalar tensor.
         keep: bool or float [P], the regions that the gate lets through; None for all.
+        sigmoid: RetinaNet's form.
     """
-    each = F.cross_entropy(student_logits, teacher_logits.softmax(1), reduction="none")
+    if sigmoid:
+        student_logits, teacher_logits = student_logits[:, 1:], teacher_logits[:, 1:]
+        each = F.binary_cross_entropy_with_logits(student_logits, teacher_logits.sigmoid(), reduction="none").sum(1)
+    else:
+        each = F.cross_entropy(student_logits, teacher_logits.softmax(1), reduction="none")
     return (each if keep is None else each * keep).sum() / positives
 
 
-def better_gate(student_logits, teacher_logits, labels):
+def better_gate(student_logits, teacher_logits, labels, sigmoid=False):
     """`--cls-gate better`: where the teacher gives the true class a higher probability than the student. bool [P]."""
-    index = labels[:, None]
-    student, teacher = student_logits.softmax(1).gather(1, index), teacher_logits.softmax(1).gather(1, index)
-    return (teacher > student)[:, 0]
+    rows = []
+    for logits in (student_logits, teacher_logits):
+        probability = logits.sigmoid() if sigmoid else logits.softmax(1)
+        rows.append(probability.gather(1, labels[:, None])[:, 0])
+    return rows[1] > rows[0]
 
 
 def regression_loss(student_deltas, teacher_deltas, gate, positives):

@@ -2,8 +2,9 @@
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_iou
 
-MASKS = ("gaussian", "box", "full")
+MASKS = ("gaussian", "box", "full", "fine-grained")
 
 
 def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
@@ -45,18 +46,46 @@ def _profiles(boxes, height, width, stride, sigma2):
     return profiles
 
 
-def pyramid_masks(targets, features, strides, kind="gaussian", sigma2=2.0):
+def fine_grained_mask(boxes, anchors, sizes, share=0.5):
+    """1 in the cells with an anchor near a ground-truth box, 0 elsewhere (Wang et al., CVPR 2019).
+
+    An anchor is near a box if their IoU is above `share` times the best IoU that the box has with any anchor.
+
+    Args:
+        boxes: float [N, 4] xyxy in pixels of the resized image; N may be 0.
+        anchors: float [A, 4] of all levels, level by level, row by row, a cell's anchors together.
+        sizes: (height, width) of each level.
+
+    Returns:
+        list of L float [H_l, W_l].
+    """
+    cells = [height * width for height, width in sizes]
+    near = boxes.new_zeros(sum(cells))
+    if len(boxes):
+        overlap = box_iou(boxes, anchors)
+        best = overlap.amax(1, keepdim=True)
+        near = ((overlap > share * best) & (best > 0)).any(0).view(sum(cells), -1).any(1).to(boxes.dtype)
+    return [m.view(size) for m, size in zip(near.split(cells), sizes, strict=True)]
+
+
+def pyramid_masks(targets, features, strides, kind="gaussian", sigma2=2.0, anchors=None):
     """The masks of a batch.
 
     Args:
         targets: list of B dicts with boxes float [N, 4] xyxy in pixels of the resized image.
         features: list of L tensors [B, C, H_l, W_l], for their sizes.
         strides: of the L levels, pixels of the resized image.
-        kind: one of MASKS: gaussian (the paper's), box (1 inside boxes), full (1 everywhere, the naive imitation).
+        kind: one of MASKS: gaussian (the paper's), box (1 inside boxes), full (1 everywhere, the naive imitation),
+            fine-grained (1 where anchors are near a box).
+        anchors: for fine-grained: list of B float [A, 4].
 
     Returns:
         list of L tensors [B, H_l, W_l].
     """
+    if kind == "fine-grained":
+        sizes = [level.shape[-2:] for level in features]
+        each = [fine_grained_mask(t["boxes"], grid, sizes) for t, grid in zip(targets, anchors, strict=True)]
+        return [torch.stack(level) for level in zip(*each, strict=True)]
     boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)  # padded by boxes of no area, which weigh 0
     masks = []
     for level, stride in zip(features, strides, strict=True):
