@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint of train.py on its data set.
+"""Evaluates a checkpoint of train.py on its data set, or prints a table of runs.
 
 python eval.py --weights runs/demo/tar/last.pth [--json FILE]
+python eval.py --table voc [--results runs]
 """
 
 import argparse
@@ -14,7 +15,9 @@ from tar import UserError, checkpoint, fail
 from tar.data import load_test_set
 from tar.evaluation import evaluate
 from tar.machine import set_up
-from tar.tables import class_table, markdown
+from tar.options import COCO_FILES, TABLES
+from tar.runs import read_json
+from tar.tables import class_table, markdown, table_text
 
 
 def parser():
@@ -22,9 +25,15 @@ def parser():
     p = argparse.ArgumentParser(
         description="Evaluate a checkpoint of train.py: AP, AP50, AP75 and, for voc, VOC's mAP."
     )
-    p.add_argument("--weights", required=True, metavar="FILE", help="checkpoint, the last.pth of a run")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--weights", metavar="FILE", help="checkpoint, the last.pth of a run")
+    what.add_argument("--table", choices=("demo", *TABLES), help="print a table that train.py --table has run")
+    p.add_argument("--results", default="runs", metavar="DIR", help="folder of the table's runs (default: runs)")
     p.add_argument("--data-path", metavar="DIR", help="folder of the data (default: as in training)")
     p.add_argument("--split", choices=("test", "val"), help="what to measure on (default: as in training)")
+    for part, kind in (("JSON", "FILE"), ("images", "DIR")):
+        text = f"coco: {part} to test on (default: as in training)"
+        p.add_argument(f"--val-{part.lower()}", metavar=kind, help=text)
     p.add_argument("--limit-test", type=int, metavar="N", help="test images; 0: all (default: as in training)")
     p.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in training)")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
@@ -38,13 +47,17 @@ def parser():
 def main(argv=None):
     given = parser().parse_args(argv)
     try:
+        if given.table:
+            return print_tables(given.table, Path(given.results))
         model, saved = checkpoint.load_detector(given.weights)
         flags = {k: v for k, v in vars(given).items() if v is not None}
         args = Namespace(**{"data_path": "data", "voc_years": ["2007"], "split": "test", **saved["settings"], **flags})
         machine = set_up(args.device, args.amp, args.threads)
         if given.json and not Path(given.json).resolve().parent.is_dir():
             raise UserError(f"--json {given.json}: there is no such folder")
-        where = {"data_path": args.data_path, "years": args.voc_years, "limit": args.limit_test, "split": args.split}
+        files = [getattr(args, name, None) for name in COCO_FILES]
+        where = {"data_path": args.data_path, "years": args.voc_years, "files": files}
+        where |= {"limit": args.limit_test, "split": args.split}
         test_set = load_test_set(args.dataset, saved["classes"], **where)
         with machine.autocast():
             voc, progress = args.dataset == "voc", machine.progress("evaluating")
@@ -74,6 +87,15 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def print_tables(name, folder):
+    """Prints what train.py --table has noted in a folder, and the results that are there."""
+    found = sorted(folder.glob(f"table-{name}-*.json")) or sorted((folder / name).glob(f"table-{name}-*.json"))
+    if not found:
+        raise UserError(f"{folder}: no table-{name}-*.json; run train.py --table {name} first, or give --results DIR")
+    for file in found:
+        print(table_text(read_json(file), file.parent) + "\n")
 
 
 if __name__ == "__main__":

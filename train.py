@@ -20,20 +20,22 @@ from tar.distill import Step
 from tar.evaluation import evaluate, latency
 from tar.machine import set_up
 from tar.models import build_detector
-from tar.runs import append_line, begin_run, changed, find_run, read_json, run_name, settings_of
+from tar.runs import append_line, begin_run, changed, find_run, read_json, run_name, settings_of, teacher_of
 from tar.schedule import decay, learning_rate
-from tar.tables import cell, run_table
+from tar.tables import cell, figures_table, run_table
+from tar.teacher import inherit, read_teacher, start_from
 
 
 def main(argv=None):
     args = options.parse(argv)
     try:
         machine = set_up(args.device, args.amp, args.threads)
-        limits = {"limit_train": args.limit_train, "limit_test": args.limit_test}
-        given = {"seed": args.seed, "download": args.download and machine.main, "split": args.split, **limits}
-        data = machine.in_turn(load_dataset, args.dataset, args.data_path, args.voc_years, **given)
-        report(data, machine)
-        demo(args, data, machine) if args.student is None else distil(args, data, machine)
+        if args.table or not args.student:  # a table of the paper, or the demonstration
+            run_table(args, machine, distil)
+        else:
+            results, folder = distil(args, machine)
+            machine.say("\n" + figures_table(results))
+            machine.say(f"\nRun: {folder}. Next: python eval.py --weights {folder / 'last.pth'}")
     except UserError as error:
         fail("train.py", error)
     finally:
@@ -41,49 +43,51 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-def demo(args, data, machine):
-    """Teacher, plain student, distilled student and a plain student of the same cost, and their table.
+def distil(args, machine, parent=None, name=None):
+    """One student, and its teacher first where it has none yet.
 
-    The teacher is the larger in everything: its ResNet, half as wide again in pyramid and box head, and half as long
-    again in training.
+    Args:
+        parent: folder of the runs; default that of --output, or runs/.
+        name: of the run's folder; default --output's, or one made of the settings.
+
+    Returns:
+        {title: result.json's dict} of the teacher, if it was trained here, and the student; the student's folder.
     """
-    folder = Path(args.output or "runs/demo")
-    large = {"student": "r18", "fpn_channels": args.fpn_channels * 3 // 2, "head_channels": args.head_channels * 3 // 2}
-    teacher_args = changed(args, **large, epochs=args.epochs * 3 // 2, output=folder / "teacher")
-    plain_args = changed(args, student="r10", output=folder / "plain")
-    tar_args = changed(plain_args, teacher="r18", teacher_weights=folder / "teacher/last.pth", output=folder / "tar")
-    teacher, plain = train(teacher_args, data, machine), train(plain_args, data, machine)
-    distilled = train(tar_args, data, machine)
-    cost = distilled["seconds"] / plain["seconds"]  # a step of the one in steps of the other
-    epochs = max(math.ceil(args.epochs * cost), args.epochs)
-    machine.say(f"A distillation step costs {cost:.2f} plain steps: equal cost is {epochs} epochs for {args.epochs}.")
-    equal = train(changed(plain_args, epochs=epochs, output=folder / "plain-equal-cost"), data, machine)
-    rows = {"teacher r18": teacher, "plain r10": plain, "plain r10, equal cost": equal, "TAR r10 from r18": distilled}
-    machine.say("\n" + run_table(rows))
-    verdict = "passes" if distilled["AP"] >= teacher["AP"] else "does not pass"
-    machine.say(f"\nThe student {verdict} its teacher: {cell(distilled['AP'])} AP against {cell(teacher['AP'])}.")
-    machine.say(f"Runs: {folder}. Next: python eval.py --weights {folder / 'tar/last.pth'}")
-
-
-def distil(args, data, machine):
-    """One student, and its teacher first where it has none yet."""
-    rows = {}
+    results = {}
+    if parent is None:
+        parent, name = (Path(args.output).parent, Path(args.output).name) if args.output else (Path("runs"), name)
+    data = data_of(args, machine)
     if args.teacher and not args.teacher_weights:
         if args.backbone_weights not in ("imagenet", "none"):
             raise UserError(
                 f"--backbone-weights {args.backbone_weights} fits the student only: train the teacher first "
                 f"(train.py --student {args.teacher} --backbone-weights FILE) and give --teacher-weights"
             )
-        teacher_args = changed(args, student=args.teacher, teacher=None, output=None)
-        parent = Path(args.output).parent if args.output else Path("runs")
+        teacher_args = teacher_of(args)
         teacher_args.output = parent / run_name(teacher_args, machine)
         machine.say(f"Teacher {args.teacher}: {teacher_args.output}")
-        rows[f"teacher {args.teacher}"] = train(teacher_args, data, machine)
+        results[f"teacher {args.teacher}"] = train(teacher_args, data, machine)
         args = changed(args, teacher_weights=teacher_args.output / "last.pth")
-    args.output = Path(args.output or Path("runs") / run_name(args, machine))
-    rows[title_of(args)] = train(args, data, machine)
-    machine.say("\n" + run_table(rows))
-    machine.say(f"\nRun: {args.output}. Next: python eval.py --weights {args.output / 'last.pth'}")
+    folder = parent / (name or run_name(args, machine))
+    results[title_of(args)] = train(changed(args, output=folder), data, machine)
+    return results, folder
+
+
+def data_of(args, machine):
+    """The training and the test source of the flags; read once for all runs of a table."""
+    given = {name: getattr(args, name) for name in ("limit_train", "limit_test", "split", "keep_empty")}
+    given |= {"seed": args.seed if args.dataset == "shapes" else 0, "download": args.download and machine.main}
+    given |= {"data_path": args.data_path, "years": args.voc_years}
+    given["files"] = [getattr(args, name) for name in options.COCO_FILES]
+    key = (args.dataset, repr(given))
+    if key not in _sources:
+        _sources.clear()
+        _sources[key] = machine.in_turn(load_dataset, args.dataset, **given)
+        report(_sources[key], machine)
+    return _sources[key]
+
+
+_sources = {}
 
 
 def title_of(args):
@@ -110,9 +114,14 @@ def train(args, data, machine):
     saved = machine.in_turn(read_run, output, settings)
     build = options.build_of(args, args.student, len(train_set.classes))
     torch.manual_seed(args.seed)  # every process starts from the same weights
-    student = machine.in_turn(build_detector, **{**build, "backbone_weights": "none"} if saved else build)
+    fresh = saved is None
+    student = machine.in_turn(build_detector, **build if fresh else {**build, "backbone_weights": "none"})
+    if fresh and args.student_weights:
+        machine.in_turn(start_from, student, args.student_weights, build, train_set.classes)
     levels = options.levels_of(args) if args.teacher else None
     teacher = load_teacher(args, data, machine) if args.teacher else None
+    if fresh and args.inherit:
+        machine.say(f"Of the teacher's pyramid and heads {inherit(student, teacher)} tensors start the student's")
     step_module = Step(student, levels, teacher.backbone.out_channels if teacher else None)
     step_module.to(machine.device, memory_format=torch.channels_last).train()
 
@@ -136,10 +145,11 @@ def train(args, data, machine):
         begin_run(output, settings, first_epoch)
     wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
 
-    steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, machine.rank, machine.world))
+    where = {"rank": machine.rank, "world": machine.world, "wide": getattr(train_set, "wide", None)}
+    steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, **where))
     total_steps = args.epochs * steps_per_epoch
     for epoch in range(first_epoch, args.epochs):
-        batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, machine.rank, machine.world)
+        batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, **where)
         loader = make_loader(train_set, True, batches, args.seed, args.workers, machine.device.type == "cuda")
         bar = machine.progress(f"{title} {epoch + 1}/{args.epochs}")(loader)
         since_log = time.perf_counter()
@@ -207,6 +217,7 @@ def train(args, data, machine):
         result = {
             **metrics,
             "dataset": args.dataset,
+            "detector": args.detector,
             "split": args.split,
             "test_images": len(test_set),
             "train_images": len(train_set),
@@ -229,24 +240,6 @@ def read_run(output, settings):
     return saved
 
 
-def read_teacher(args, classes):
-    """The teacher of --teacher-weights, and its checkpoint.
-
-    Raises:
-        UserError: it is of another detector type, another backbone or other classes than the flags and the data say.
-    """
-    path = Path(args.teacher_weights)
-    teacher, saved = checkpoint.load_detector(path)
-    for what, mine, its in (
-        ("detector", args.detector, saved["build"]["detector"]),
-        ("backbone", args.teacher, saved["build"]["backbone"]),
-        ("classes", list(classes), saved["classes"]),
-    ):
-        if mine != its:
-            raise UserError(f"{path}: the teacher's {what} is {its}, not {mine} as the flags or the data say")
-    return teacher, saved
-
-
 def load_teacher(args, data, machine):
     """The frozen teacher of a run on its device, after a line that says how good it is."""
     path = Path(args.teacher_weights)
@@ -260,11 +253,11 @@ def load_teacher(args, data, machine):
         )
     measured, same = path.parent / "result.json", ("dataset", "data_path", "voc_years", "split", "limit_test", "epochs")
     now = settings_of(changed(args, epochs=saved.get("epoch")), machine)
-    if measured.is_file() and path.name == "last.pth" and all(saved["settings"].get(k) == now.get(k) for k in same):
+    if path.name == "last.pth" and measured.is_file() and all(saved["settings"].get(k) == now.get(k) for k in same):
         ap, where = read_json(measured)["AP"], f"as measured in {measured}"
     else:
         ap, where = measure(teacher, args, data[1], machine)["AP"], "measured now"
-    machine.say(f"Teacher {path}: AP {cell(ap)} on the {args.split} split, {where}")
+    machine.say(f"Teacher {args.teacher_weights}: AP {cell(ap)} on the {args.split} split, {where}")
     return teacher
 
 
@@ -300,7 +293,12 @@ def report(data, machine):
     for name, source in (("training", train_set), ("test", test_set)):
         dropped = getattr(source, "dropped", [])
         if dropped:
-            machine.say(f"Boxes of no area were dropped in {len(dropped)} {name} images: {', '.join(dropped[:5])}")
+            machine.say(
+                f"Boxes of no area or outside were dropped in {len(dropped)} {name} images: {', '.join(dropped[:5])}"
+            )
+        unused = getattr(source, "unused", [])
+        if unused:
+            machine.say(f"Classes without a box among the {name} images: {', '.join(unused)}")
 
 
 if __name__ == "__main__":

@@ -2,169 +2,37 @@
 
 A source is anything with `classes` (names, label 1 first), `__len__` and `load(epoch, index)`, which returns
 image uint8 [3, H, W], boxes float [N, 4] xyxy in pixels, labels int64 [N] from 1 and ignored bool [N] (VOC's
-difficult boxes: no training on them, no penalty in evaluation). tar.shapes is one source, Voc below another.
+difficult boxes, COCO's crowds: no training on them, no penalty in evaluation). It may have `wide` (which images are
+wider than high, to group them), `dropped` (images with boxes that could not be used), `unused` (classes without a
+box) and `dataset` (COCO's own annotations).
 """
-
-import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.datasets import VOCDetection
 from torchvision.transforms.v2 import functional as v2
 
-from tar import UserError, one_line
+from tar import UserError
+from tar.coco import Coco, coco_files
 from tar.shapes import Shapes
+from tar.voc import Voc, download_voc, tested_folders, voc_classes, voc_folders
 
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
-DATASETS = ("shapes", "voc")
+DATASETS = ("shapes", "voc", "coco")
 SHAPES_IMAGES = {"train": 1100, "test": 400}  # an epoch of fresh images; the fixed test images
 
 
-class Voc:
-    """Images and boxes in the layout of PASCAL VOC.
-
-    Args:
-        folders: one or more folders that hold JPEGImages, Annotations and ImageSets/Main.
-        split: "trainval" or "test": which list of ImageSets/Main.
-        classes: names in the order of their labels.
-        limit: first images of the list only; 0 for all.
-
-    Raises:
-        UserError: a list, an annotation or an image is missing or cannot be understood; names the file.
-    """
-
-    def __init__(self, folders, split, classes, limit=0):
-        self.classes = tuple(classes)
-        self.samples = []  # (image file, boxes, labels, ignored)
-        self.dropped = []  # names of images with boxes of no area
-        for folder in folders:
-            for name in read_list(folder, split):
-                if limit and len(self.samples) == limit:
-                    return
-                image = folder / "JPEGImages" / f"{name}.jpg"
-                if not image.is_file():
-                    raise UserError(f"{image}: no such image, but {folder.name}/ImageSets/Main/{split}.txt lists it")
-                boxes, names, ignored = read_annotation(folder / "Annotations" / f"{name}.xml")
-                solid = (boxes[:, 2:] > boxes[:, :2] + 1).all(1)  # with xmin = xmax in the file a box is a point
-                if not solid.all():
-                    self.dropped.append(name)
-                labels = np.array([self._label(n, folder, name) for n in names], dtype=np.int64)
-                self.samples.append((image, boxes[solid], labels[solid], ignored[solid]))
-
-    def _label(self, class_name, folder, name):
-        if class_name not in self.classes:
-            raise UserError(f"{folder / 'Annotations' / name}.xml: class {class_name!r} is none of {self.classes}")
-        return self.classes.index(class_name) + 1
-
-    def __len__(self):
-        return len(self.samples)
-
-    def load(self, epoch, index):
-        """See the module's docstring."""
-        file, boxes, labels, ignored = self.samples[index]
-        try:
-            with Image.open(file) as image:
-                pixels = v2.pil_to_tensor(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot be read as an image ({error}); replace it or take it off the list"
-            ) from None
-        return pixels, torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(ignored)
-
-
-def voc_folders(data_path, years):
-    """The folders of the given years under data_path, or data_path itself where it holds JPEGImages."""
-    root = Path(data_path)
-    if (root / "JPEGImages").is_dir():
-        return [root]
-    folders = []
-    for year in years:
-        found = [f for f in (root / "VOCdevkit" / f"VOC{year}", root / f"VOC{year}") if (f / "JPEGImages").is_dir()]
-        if not found:
-            raise UserError(
-                f"{root}: holds neither VOCdevkit/VOC{year}/JPEGImages nor JPEGImages; give --data-path DIR with "
-                "PASCAL VOC's layout, or --download to fetch it"
-            )
-        folders.append(found[0])
-    return folders
-
-
-def read_list(folder, split):
-    """The image names of folder/ImageSets/Main/split.txt."""
-    file = folder / "ImageSets" / "Main" / f"{split}.txt"
-    if not file.is_file():
-        raise UserError(f"{file}: no such list of images")
-    try:
-        names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as a list of image names ({one_line(error)})") from None
-    if not names:
-        raise UserError(f"{file}: lists no image")
-    return names
-
-
-def read_annotation(file):
-    """The objects of one VOC annotation.
-
-    VOC counts pixels from 1 and includes both ends; the boxes returned are continuous: xmin - 1, ymin - 1, xmax,
-    ymax, cut off at the image's border.
-
-    Returns:
-        boxes float32 [N, 4] xyxy in pixels; list of N class names; difficult bool [N].
-    """
-    try:
-        root = ElementTree.parse(file).getroot()
-        size = [float(root.findtext(f"size/{side}")) for side in ("width", "height")]
-        if min(size) <= 0:
-            raise ValueError("an image of no size")
-        objects = root.findall("object")
-        names = [(o.findtext("name") or "").strip() for o in objects]
-        if "" in names:
-            raise ValueError("an object has no name")
-        corners = [[float(o.findtext(f"bndbox/{c}")) for c in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such annotation") from None
-    except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: not a VOC annotation ({error})") from None
-    boxes = np.array(corners, dtype=np.float32).reshape(-1, 4) - np.array([1, 1, 0, 0], dtype=np.float32)
-    boxes = boxes.clip(0, np.array(size * 2, dtype=np.float32))
-    ignored = np.array([(o.findtext("difficult") or "0").strip() == "1" for o in objects], dtype=bool)
-    return boxes, names, ignored
-
-
-def voc_classes(lists):
-    """VOC's 20 classes if the annotations of the given (folder, split) pairs use no others, else those they use."""
-    names = set()
-    for folder, split in lists:
-        for name in read_list(folder, split):
-            names.update(read_annotation(folder / "Annotations" / f"{name}.xml")[1])
-    return VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
-
-
-def download_voc(data_path, years):
-    """Fetches and unpacks VOC with torchvision's own downloader; what is there already is kept."""
-    for year in years:
-        for split in ("trainval", "test") if year == "2007" else ("trainval",):
-            if (Path(data_path) / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" / f"{split}.txt").is_file():
-                continue
-            try:
-                VOCDetection(data_path, year=year, image_set=split, download=True)
-            except (OSError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"VOC {year} {split} could not be fetched into {data_path} ({one_line(error)}); fetch the "
-                    "archives from host.robots.ox.ac.uk/pascal/VOC by other means and unpack them there"
-                ) from error
-
-
 def load_dataset(
-    name, data_path="data", years=("2007",), limit_train=0, limit_test=0, seed=0, download=False, split="test"
+    name,
+    data_path="data",
+    years=("2007",),
+    files=(None,) * 4,
+    limit_train=0,
+    limit_test=0,
+    seed=0,
+    download=False,
+    split="test",
+    keep_empty=False,
 ):
     """The training and the test source of a data set.
 
@@ -172,11 +40,13 @@ def load_dataset(
         name: one of DATASETS.
         data_path: folder of the data (unused by shapes).
         years: of VOC; trained on the trainval lists of all, tested on those that have a test list.
+        files: of COCO: training JSON and images, test JSON and images; None for those under data_path.
         limit_train, limit_test: first images only; 0 for all.
         seed: of the shapes that are drawn for training.
         download: fetch VOC first.
         split: "test", or "val" to tune on: voc then trains on the train list instead of trainval and tests on the val
-            list, shapes tests on other images.
+            list, shapes tests on other images. COCO has one, val2017, which is "test" here.
+        keep_empty: train on COCO's images without boxes too.
 
     Returns:
         train, test: two sources of the same classes.
@@ -184,6 +54,10 @@ def load_dataset(
     if name == "shapes":
         train = Shapes("train", limit_train or SHAPES_IMAGES["train"], seed)
         return train, Shapes(split, limit_test or SHAPES_IMAGES["test"])
+    if name == "coco":
+        trained, tested = coco_files(data_path, files)
+        train = Coco(*trained, keep_empty, limit_train)
+        return train, _same_classes(Coco(*tested, True, limit_test), tested[0], train.classes)
     if download:
         download_voc(data_path, years)
     folders = voc_folders(data_path, years)
@@ -192,19 +66,27 @@ def load_dataset(
     return Voc(folders, trained, classes, limit_train), Voc(tested, split, classes, limit_test)
 
 
-def load_test_set(name, classes, data_path="data", years=("2007",), limit=0, split="test"):
+def load_test_set(name, classes, data_path="data", years=("2007",), files=(None,) * 4, limit=0, split="test"):
     """The test source alone, for a detector that knows the given classes; arguments as load_dataset."""
     if name == "shapes":
         return Shapes(split, limit or SHAPES_IMAGES["test"])
+    if name == "coco":
+        _, tested = coco_files(data_path, files)
+        return _same_classes(Coco(*tested, True, limit), tested[0], classes)
     return Voc(tested_folders(voc_folders(data_path, years), split), split, classes, limit)
 
 
-def tested_folders(folders, split="test"):
-    """Those of VOC's folders that have a list of the images to test on."""
-    tested = [f for f in folders if (f / "ImageSets" / "Main" / f"{split}.txt").is_file()]
-    if not tested:
-        raise UserError(f"{folders[0] / 'ImageSets' / 'Main' / split}.txt: no such list of images to test on")
-    return tested
+def _same_classes(test, file, classes):
+    if test.classes != tuple(classes):
+        raise UserError(f"{file}: its categories are not those trained on: {difference(classes, test.classes)}")
+    return test
+
+
+def difference(one, other):
+    """In words, what two lists of classes do not share."""
+    lacks, more = [c for c in one if c not in other], [c for c in other if c not in one]
+    parts = [f"{what} {', '.join(map(str, names))}" for what, names in (("without", lacks), ("besides", more)) if names]
+    return "; ".join(parts) or "the same names in another order"
 
 
 class Samples(Dataset):
@@ -228,16 +110,29 @@ class Samples(Dataset):
         return image, {"boxes": boxes, "labels": labels, "ignored": ignored, "image_id": index}
 
 
-def train_batches(length, batch_size, seed, epoch, rank=0, world=1):
+def train_batches(length, batch_size, seed, epoch, rank=0, world=1, wide=None):
     """The keys of one process's batches in one epoch.
 
-    Batch k of all processes together is the k-th slice of one permutation, whatever their number; the end is
-    filled up from its start, so that every process has the same number of batches.
+    Batch k of all processes together is the k-th slice of one order of the images, whatever the processes' number;
+    the end is filled up from the start, so that every process has the same number of batches.
+
+    Args:
+        wide: list of bool, a flag an image; images of equal flags then come in the same batch, as far as they go,
+            which spares padding. None: the order is a plain permutation.
 
     Returns:
         list of lists of (epoch, index).
     """
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(length, generator=generator).tolist()
+    if wide is not None:
+        together, whole, rest = batch_size * world, [], []
+        for flag in (True, False):
+            group = [i for i in order if wide[i] == flag]
+            cut = len(group) // together * together
+            whole += [group[k : k + together] for k in range(0, cut, together)]
+            rest += group[cut:]
+        order = [i for k in torch.randperm(len(whole), generator=generator).tolist() for i in whole[k]] + rest
     order = (order * world)[: -(-length // world) * world]
     keys = [(epoch, index) for index in order[rank::world]]
     return [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]

@@ -206,8 +206,7 @@ def retinanet(student, features, images, targets, pair=None):
             matched_idxs.append(student.proposal_matcher(box_iou(target["boxes"], grid)))
         else:
             matched_idxs.append(torch.full((len(grid),), -1, device=grid.device))
-    losses = student.head.compute_loss(targets, answers, anchors, matched_idxs)
-    detection = {"loss_classifier": losses["classification"], "loss_box_reg": losses["bbox_regression"]}
+    detection = student.head.compute_loss(targets, answers, anchors, matched_idxs)
     if pair is None:
         return detection, None
 

@@ -102,28 +102,34 @@ def voc_metrics(results, classes):
     return {**means, "per_class": per_class}
 
 
-def coco_metrics(results, classes):
+def coco_metrics(results, classes, source=None):
     """COCO's AP by pycocotools. Ignored boxes count as crowds: no reward, no penalty.
+
+    Args:
+        results: list of dicts, see detect().
+        classes: names, label 1 first.
+        source: a tar.coco.Coco, whose own annotations and ids are then measured against.
 
     Returns:
         {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large": percent or None,
          "per_class": {name: {"AP": percent or None, "AP50": ...}}}.
     """
-    images, truth, found = [], [], []
+    image_id, category_id, truth, found = int, int, [], []
+    if source is not None:  # our index and label back to the file's ids
+        image_id, category_id = lambda i: source.samples[i][0], lambda label: source.category_ids[label - 1]
     for r in results:
-        images.append({"id": r["image_id"]})
         rows = zip(r["gt_boxes"].tolist(), r["gt_labels"].tolist(), r["gt_ignored"].tolist(), strict=True)
-        truth += [_coco_box(len(truth) + i, r, box, label, int(crowd)) for i, (box, label, crowd) in enumerate(rows, 1)]
+        truth += [_coco_box(r["image_id"], label, box, crowd) for box, label, crowd in rows]
         rows = zip(r["boxes"].tolist(), r["labels"].tolist(), r["scores"].tolist(), strict=True)
-        found += [
-            {**_coco_box(len(found) + i, r, box, label, 0), "score": score}
-            for i, (box, label, score) in enumerate(rows, 1)
-        ]
-    categories = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
+        where = image_id(r["image_id"])
+        found += [{**_coco_box(where, category_id(label), box, 0), "score": score} for box, label, score in rows]
+    images = [{"id": image_id(r["image_id"])} for r in results]
+    categories = [{"id": category_id(label), "name": name} for label, name in enumerate(classes, 1)]
     with contextlib.redirect_stdout(io.StringIO()):
         pair = []
-        for annotations in (truth, found):
+        for annotations in (truth if source is None else source.dataset["annotations"], found):
             coco = COCO()
+            annotations = [{**a, "id": number} for number, a in enumerate(annotations, 1)]
             coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
             coco.createIndex()
             pair.append(coco)
@@ -141,11 +147,10 @@ def coco_metrics(results, classes):
     return {**metrics, "per_class": per_class}
 
 
-def _coco_box(number, result, box, label, crowd):
+def _coco_box(image, category, box, crowd):
     x0, y0, x1, y1 = box
-    area = (x1 - x0) * (y1 - y0)
-    where = {"id": number, "image_id": result["image_id"], "category_id": label}
-    return {**where, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": crowd}
+    size = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": int(crowd)}
+    return {"image_id": image, "category_id": category, **size}
 
 
 def _percent(value):
@@ -190,7 +195,7 @@ def evaluate(model, source, device, voc=False, batch_size=1, workers=0, progress
         shares = [None] * world
         dist.all_gather_object(shares, results)
         results = sorted((r for share in shares for r in share), key=lambda r: r["image_id"])
-    metrics = coco_metrics(results, source.classes)
+    metrics = coco_metrics(results, source.classes, source if hasattr(source, "dataset") else None)
     if voc:
         extra = voc_metrics(results, source.classes)
         rows = extra.pop("per_class")

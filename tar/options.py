@@ -1,57 +1,25 @@
 """The flags, and the recipe of each data set that fills in what no flag says."""
 
 import argparse
+from functools import cache
 
 from tar.data import DATASETS, SHAPES_IMAGES
-from tar.distill import Levels
+from tar.distill import PROPOSALS, SOFT_LABELS, Levels
 from tar.losses import CLS_GATES, REG_GATES
 from tar.masks import MASKS
 from tar.models import BACKBONES, DETECTORS
+from tar.recipes import RECIPES
 from tar.schedule import DECAYS, SCHEDULES
 
-RECIPES = {
-    "voc": {
-        "epochs": 12,
-        "batch_size": 2,
-        "optimizer": "sgd",
-        "lr": 0.02,
-        "weight_decay": 1e-4,
-        "schedule": "step",
-        "warmup": 500,
-        "clip_grad": 0.0,
-        "size": [600, 1000],
-        "backbone_weights": "imagenet",
-        "fpn_channels": 256,
-        "head_channels": 1024,
-        "anchor_scale": 8,
-        "rois": 512,
-        "roi_samples": 2,
-        "rpn_top_n": [2000, 1000],
-        "workers": 2,
-    },
-    "shapes": {
-        "epochs": 4,
-        "batch_size": 8,
-        "optimizer": "adamw",
-        "lr": 0.004,
-        "weight_decay": 0.05,
-        "schedule": "cosine",
-        "warmup": 100,
-        "clip_grad": 0.0,
-        "size": [96, 96],
-        "backbone_weights": "none",
-        "fpn_channels": 64,
-        "head_channels": 256,
-        "anchor_scale": 4,
-        "rois": 64,
-        "roi_samples": 1,
-        "rpn_top_n": [200, 100],
-        "workers": 0,
-    },
-}
 BUILD = ("fpn_channels", "head_channels", "anchor_scale", "rois", "roi_samples", "rpn_top_n")
 LEVELS = ("backbone", "cls", "reg")
-DISTILLATION = ("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay")
+DISTILLATION = (
+    *("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay"),
+    *("proposals", "no_sharing", "soft_labels", "background_weight", "inherit", "teacher_epochs"),
+)
+COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
+TABLE_DATASETS = {"voc": "voc", "coco": "coco", "retinanet": "coco"}  # of the paper's tables; of the others: shapes
+TABLES = ("shapes", "voc", "coco", "retinanet", "masks", "sigma2", "decay", "gates", "proposals")
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -75,15 +43,24 @@ def parser():
         group.add_argument(flag, default=argparse.SUPPRESS, help=f"{text} (default: {values})", **kwargs)
 
     g = p.add_argument_group("data")
-    g.add_argument("--dataset", choices=DATASETS, default="shapes", help="shapes are drawn by the program")
+    text = "shapes are drawn by the program (default: shapes; of --table voc, coco, retinanet: the paper's)"
+    g.add_argument("--dataset", choices=DATASETS, help=text)
     g.add_argument(
-        "--data-path", default="data", metavar="DIR", help="folder with VOCdevkit/VOC2007, or with JPEGImages"
+        "--data-path",
+        default="data",
+        metavar="DIR",
+        help="folder with VOCdevkit/VOC2007, or JPEGImages, or annotations/instances_train2017.json",
     )
+    for part, kind in (("train", "JSON"), ("train", "images"), ("val", "JSON"), ("val", "images")):
+        what = "annotation file" if kind == "JSON" else "folder of images"
+        text = f"coco: {what} to {'train on' if part == 'train' else 'test on'}, instead of --data-path's"
+        g.add_argument(f"--{part}-{kind.lower()}", metavar="FILE" if kind == "JSON" else "DIR", help=text)
+    g.add_argument("--keep-empty", action="store_true", help="coco: train on images without boxes too")
     g.add_argument("--voc-years", nargs="+", default=["2007"], metavar="YEAR", help="train on trainval, test on test")
     g.add_argument(
         "--download", action="store_true", help="fetch VOC into --data-path first (torchvision's downloader)"
     )
-    text = "what to measure on; val is for tuning (voc: train list against val list; shapes: other images than test's)"
+    text = "what to measure on; val: to tune (voc: train list against val list; shapes: other images; coco: none)"
     g.add_argument("--split", choices=("test", "val"), default="test", help=text)
     recipe(
         g, "--size", "shorter side, and limit of the longer, pixels", nargs=2, type=_positive, metavar=("MIN", "MAX")
@@ -107,12 +84,19 @@ def parser():
     g = p.add_argument_group("models")
     g.add_argument("--student", choices=BACKBONES, help="backbone of the detector to train")
     g.add_argument("--teacher", choices=BACKBONES, help="backbone of the teacher; none: train the student plainly")
-    g.add_argument("--teacher-weights", metavar="FILE", help="checkpoint of the teacher; none: train it first, once")
+    text = "checkpoint of the teacher; coco: torchvision's r50 trained on COCO; none: train it first, once"
+    g.add_argument("--teacher-weights", metavar="FILE", help=text)
+    text = "epochs of a teacher that is trained first; 0: as many as the student's"
+    g.add_argument("--teacher-epochs", type=_count, default=0, metavar="N", help=text)
+    g.add_argument("--student-weights", metavar="FILE", help="checkpoint that the student starts from")
+    text = "start the student's pyramid and heads from the teacher's where shapes match (not the paper's)"
+    g.add_argument("--inherit", action="store_true", help=text)
     g.add_argument("--detector", choices=DETECTORS, default="faster-rcnn", help="of teacher and student")
     recipe(g, "--backbone-weights", "imagenet (frozen batch norm), none (trained batch norm) or FILE", metavar="WHICH")
     recipe(g, "--fpn-channels", "width of the pyramid", type=_positive, metavar="N")
     recipe(g, "--head-channels", "width of the box head", type=_positive, metavar="N")
-    recipe(g, "--anchor-scale", "side of an anchor in strides of its level", type=_positive, metavar="N")
+    text = "side of an anchor in strides of its level; RetinaNet: half of it"
+    recipe(g, "--anchor-scale", text, type=_positive, metavar="N")
     recipe(g, "--rois", "regions an image that the box head trains on", type=_positive, metavar="N")
     recipe(g, "--roi-samples", "RoIAlign's sampling points a side in each of 7 x 7 bins", type=_positive, metavar="N")
     recipe(
@@ -140,6 +124,13 @@ def parser():
         help="soft labels: all positives, or where the teacher is better",
     )
     g.add_argument("--reg-gate", choices=REG_GATES, default=d.reg_gate, help="what the teacher's box must beat")
+    g.add_argument("--proposals", choices=PROPOSALS, default=d.proposals, help="whose regions both models answer for")
+    text = "each model answers for its own proposals; those nearest to a ground-truth box are compared"
+    g.add_argument("--no-sharing", action="store_true", help=text)
+    text = "regions whose classes are imitated; all: background too, as Chen et al. 2017"
+    g.add_argument("--soft-labels", choices=SOFT_LABELS, default=d.soft_labels, help=text)
+    text = "weight of a background region among --soft-labels all"
+    g.add_argument("--background-weight", type=_weight, default=d.background_weight, metavar="W", help=text)
     g.add_argument("--decay", choices=DECAYS, default="linear", help="of the distillation weight over the run")
     g.add_argument(
         "--no-decay",
@@ -158,7 +149,8 @@ def parser():
     recipe(g, "--epochs", "passes over the training images", type=_positive, metavar="N")
     recipe(g, "--batch-size", "images a process and step", type=_positive, metavar="N")
     recipe(g, "--optimizer", "sgd with momentum, or adamw", choices=("sgd", "adamw"))
-    recipe(g, "--lr", "learning rate per 16 images a step, scaled linearly with them", type=_weight, metavar="RATE")
+    text = "learning rate per 16 images a step, scaled linearly with them; RetinaNet with sgd: half of it"
+    recipe(g, "--lr", text, type=_weight, metavar="RATE")
     recipe(g, "--schedule", "step drops at 8/12 and 11/12 of the run", choices=SCHEDULES)
     recipe(g, "--warmup", "steps of warm-up, at most a tenth of the run", type=_count, metavar="N")
     g.add_argument("--momentum", type=_weight, default=0.9, metavar="M", help="of SGD")
@@ -176,6 +168,11 @@ def parser():
     g.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
     g.add_argument("--threads", type=_count, default=0, metavar="N", help="CPU threads a process; 0: torch's choice")
 
+    g = p.add_argument_group("tables")
+    g.add_argument("--table", choices=TABLES, help="run all rows of a table instead of one run, and print it")
+    text = "runs a row, with --seed and the seeds after it; the table shows mean and standard deviation"
+    g.add_argument("--seeds", type=_positive, default=1, metavar="N", help=text)
+
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="run folder (default: runs/ and a name made of the settings)")
     g.add_argument(
@@ -189,32 +186,94 @@ def parse(argv=None):
     """The flags with the recipe filled in, and checked against each other; exits with 2 on a wrong flag."""
     p = parser()
     args = p.parse_args(argv)
-    for name, value in RECIPES[args.recipe or args.dataset].items():
+    args.dataset = args.dataset or TABLE_DATASETS.get(args.table, "shapes")
+    recipe = dict(RECIPES[args.recipe or args.dataset])
+    if args.detector == "retinanet":  # its pyramid starts at twice the stride; torchvision's own rate is half as high
+        recipe["anchor_scale"] //= 2
+        recipe["lr"] /= 2 if getattr(args, "optimizer", recipe["optimizer"]) == "sgd" else 1
+    for name, value in recipe.items():
         if not hasattr(args, name):
             setattr(args, name, value)
-    if args.student is None and (args.teacher or args.teacher_weights or args.dataset != "shapes"):
-        p.error("--student BACKBONE is missing: which detector is to be trained?")
-    if args.teacher_weights and not args.teacher and args.student:
-        p.error(f"--teacher-weights {args.teacher_weights} needs --teacher BACKBONE")
-    if args.size[0] > args.size[1]:
-        p.error(f"--size {args.size[0]} {args.size[1]}: the limit of the longer side is below the shorter side")
-    named = [*DISTILLATION, *(f"no_{level}" for level in LEVELS)]
-    given = [f"--{name.replace('_', '-')}" for name in named if getattr(args, name) != p.get_default(name)]
-    if given and args.student and not args.teacher:
-        p.error(f"{given[0]} needs --teacher BACKBONE: nothing is distilled without")
     for level in LEVELS:
         if getattr(args, f"no_{level}"):
             setattr(args, f"weight_{level}", 0.0)
+    wrong = complaint(args)
+    if wrong:
+        p.error(wrong)
     if args.teacher and not levels_of(args).weights():  # the plain student: no teacher is needed
         args.teacher = args.teacher_weights = None
     return args
 
 
+def complaint(args):
+    """What is wrong with the flags taken together: a line, or None."""
+    default = Levels()
+    named = [*DISTILLATION, *(f"no_{level}" for level in LEVELS)]
+    given = [f"--{n.replace('_', '-')}" for n in named if getattr(args, n) != getattr(_parsed_nothing(), n)]
+    retinanet, all_regions = args.detector == "retinanet", args.soft_labels == "all"
+    own_proposals = args.no_sharing or args.proposals != "student"
+    anchors = "RetinaNet's anchors are the same for both models"
+    files = [f"--{name.replace('_', '-')}" for name in COCO_FILES if getattr(args, name)]
+    for bad, why in (
+        (
+            not (args.student or args.table) and (args.teacher or args.teacher_weights or args.dataset != "shapes"),
+            "--student BACKBONE is missing: which detector is to be trained?",
+        ),
+        (
+            args.teacher_weights and not args.teacher and args.student,
+            f"--teacher-weights {args.teacher_weights} needs --teacher BACKBONE",
+        ),
+        (
+            args.teacher_weights and args.teacher_epochs,
+            "--teacher-epochs: the teacher of --teacher-weights is trained already",
+        ),
+        (
+            args.size[0] > args.size[1],
+            f"--size {args.size[0]} {args.size[1]}: the limit of the longer side is below the shorter side",
+        ),
+        (
+            given and args.student and not (args.teacher or args.table),
+            f"{given and given[0]} needs --teacher BACKBONE: nothing is distilled without",
+        ),
+        (retinanet and args.proposals != "student", f"--proposals {args.proposals}: {anchors}; there are no proposals"),
+        (retinanet and args.no_sharing, f"--no-sharing: {anchors}; there is nothing else to answer for"),
+        (args.no_sharing and args.proposals != "student", "--no-sharing contradicts --proposals"),
+        (args.no_sharing and all_regions, "--no-sharing compares positive regions only: not with --soft-labels all"),
+        (
+            own_proposals and not (args.weight_cls or args.weight_reg),
+            "--proposals and --no-sharing say what the heads' levels compare, and both are off",
+        ),
+        (all_regions and args.cls_gate == "better", "--cls-gate better: a background region has no true class"),
+        (all_regions and not args.weight_cls, "--soft-labels all is of the cls level, which is off"),
+        (
+            args.background_weight != default.background_weight and not all_regions,
+            "--background-weight needs --soft-labels all",
+        ),
+        (files and args.dataset != "coco", f"{files and files[0]} needs --dataset coco"),
+        (args.keep_empty and args.dataset != "coco", "--keep-empty needs --dataset coco"),
+        (args.dataset == "coco" and args.split == "val", "--split val: COCO has one split to test on; cut your own"),
+        (args.download and args.dataset != "voc", "--download fetches VOC only"),
+        (
+            args.teacher_weights == "coco" and args.teacher != "r50",
+            f"--teacher-weights coco: torchvision's COCO detectors are r50, not {args.teacher}",
+        ),
+        (args.seeds > 1 and not args.table, "--seeds is of --table; one run has one --seed"),
+    ):
+        if bad:
+            return why
+    return None
+
+
+@cache
+def _parsed_nothing():
+    return parser().parse_args([])
+
+
 def levels_of(args):
     """The distillation settings of the flags."""
-    return Levels(
-        args.weight_backbone, args.weight_cls, args.weight_reg, args.mask, args.sigma2, args.cls_gate, args.reg_gate
-    )
+    names = ("mask", "sigma2", "cls_gate", "reg_gate", "proposals", "soft_labels", "background_weight")
+    weights = {level: getattr(args, f"weight_{level}") for level in LEVELS}
+    return Levels(**weights, sharing=not args.no_sharing, **{name: getattr(args, name) for name in names})
 
 
 def build_of(args, backbone, num_classes):

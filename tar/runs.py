@@ -19,11 +19,18 @@ INCIDENTAL = {
     "no_cls",
     "no_reg",
     "recipe",
+    "table",
+    "seeds",
 }
 # Flags that mean nothing to some runs.
 DISTILLATION = {"teacher", "teacher_weights", "weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2"}
-DISTILLATION |= {"cls_gate", "reg_gate", "decay"}
-FILES = {"data_path", "voc_years"}
+DISTILLATION |= {"cls_gate", "reg_gate", "decay", "proposals", "no_sharing", "soft_labels", "background_weight"}
+DISTILLATION |= {"inherit", "teacher_epochs"}
+FILES = {  # flags of each data set
+    "shapes": set(),
+    "voc": {"data_path", "voc_years"},
+    "coco": {"data_path", "train_json", "train_images", "val_json", "val_images", "keep_empty"},
+}
 
 
 def changed(args, **changes):
@@ -31,9 +38,16 @@ def changed(args, **changes):
     return Namespace(**{**vars(args), **changes})
 
 
+def teacher_of(args):
+    """The flags of the run that trains the teacher of a run first."""
+    none = {"teacher": None, "teacher_weights": None, "student_weights": None, "output": None}
+    return changed(args, **none, student=args.teacher, epochs=args.teacher_epochs or args.epochs)
+
+
 def settings_of(args, machine):
     """Everything that decides what a run computes: {flag: plain value}."""
-    left_out = INCIDENTAL | (set() if args.teacher else DISTILLATION) | (FILES if args.dataset == "shapes" else set())
+    left_out = INCIDENTAL | (set() if args.teacher else DISTILLATION)
+    left_out |= set().union(*FILES.values()) - FILES[args.dataset]
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
     return {**settings, "amp": machine.amp, "images_per_step": args.batch_size * machine.world}
 

@@ -1,4 +1,250 @@
-"""Result tables as Markdown."""
+"""The paper's tables: which runs make the rows, and how the rows are printed."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+
+from tar import UserError, checkpoint
+from tar.options import DISTILLATION, LEVELS, complaint, parse, parser
+from tar.runs import changed, read_json, teacher_of
+
+PLAIN, TEACHER, DISTILLED, EQUAL = "plain", "teacher", "distilled", "equal cost"
+PAPERS_TEST_IMAGES = {"voc": 4952, "coco": 5000}  # the paper's figures are shown beside those measured on its data only
+
+
+def only(*kept):
+    """Flags of a row that keeps some of the three levels."""
+    off = [name for name in LEVELS if name not in kept]
+    return {f"no_{name}": True for name in off} | {f"weight_{name}": 0.0 for name in off}
+
+
+# A row is (title, what it is or the flags it changes, the paper's figure or None).
+LEVEL_ROWS = (
+    ("student, no distillation", PLAIN, 70.0),
+    ("+ backbone level (Gaussian mask)", {**only("backbone"), "decay": "none"}, 72.4),
+    ("+ classification level", {**only("cls"), "decay": "none"}, 73.2),
+    ("+ regression level", {**only("reg"), "decay": "none"}, 73.4),
+    ("all three levels, no decay", {"decay": "none"}, 73.8),
+    ("all three levels, decay", {}, 74.5),
+    ("teacher", TEACHER, 74.3),
+)
+HEADS = only("cls", "reg")
+ROWS = {
+    "shapes": LEVEL_ROWS,
+    "voc": LEVEL_ROWS,
+    "coco": (
+        ("student, no distillation", PLAIN, 36.3),
+        ("TAR from r101", {"teacher": "r101"}, 39.0),
+        ("teacher r101", (TEACHER, "r101"), 38.5),
+        ("TAR from r152", {"teacher": "r152"}, 39.9),
+        ("teacher r152", (TEACHER, "r152"), None),
+    ),
+    "retinanet": (("student, no distillation", PLAIN, None), ("TAR", {}, "+2.3"), ("teacher", TEACHER, None)),
+    "masks": (
+        ("student, no distillation", PLAIN, None),
+        *(
+            (f"backbone level, {m} mask", {**only("backbone"), "mask": m}, None)
+            for m in ("gaussian", "box", "full", "fine-grained")
+        ),
+        ("teacher", TEACHER, None),
+    ),
+    "sigma2": (
+        ("student, no distillation", PLAIN, None),
+        *((f"backbone level, sigma2 {s}", {**only("backbone"), "sigma2": s}, None) for s in (0.5, 1.0, 2.0, 4.0, 8.0)),
+        ("teacher", TEACHER, None),
+    ),
+    "decay": (
+        ("student, no distillation", PLAIN, None),
+        *((f"all three levels, decay {d}", {"decay": d}, None) for d in ("linear", "cosine", "step", "none")),
+        ("teacher", TEACHER, None),
+    ),
+    "gates": (
+        ("student, no distillation", PLAIN, None),
+        *(
+            (f"regression level, gate {g}", {**only("reg"), "reg_gate": g}, None)
+            for g in ("proposal", "student", "none")
+        ),
+        *((f"classification level, gate {g}", {**only("cls"), "cls_gate": g}, None) for g in ("none", "better")),
+        ("classification level, all regions", {**only("cls"), "soft_labels": "all"}, None),
+        ("teacher", TEACHER, None),
+    ),
+    "proposals": (
+        ("student, no distillation", PLAIN, None),
+        *(
+            (f"both heads' levels, {p} proposals", {**HEADS, "proposals": p}, None)
+            for p in ("student", "teacher", "both")
+        ),
+        ("both heads' levels, no sharing", {**HEADS, "no_sharing": True}, None),
+        ("teacher", TEACHER, None),
+    ),
+}
+
+
+@dataclass
+class Row:
+    """A row of a table: what it trains, and the runs that it consists of."""
+
+    title: str
+    kind: str
+    paper: object = None  # its figure in the paper, or the gain
+    changes: dict = field(default_factory=dict)  # flags
+    folder: str = None  # of its run, where it is not named by its settings
+    command: str = ""
+    runs: list = field(default_factory=list)  # folders, one a seed
+
+    def flags(self, args, epochs=None):
+        """The flags of the row's runs, but for the seed."""
+        args = changed(args, **self.changes)
+        if self.kind == DISTILLED:
+            return args
+        if self.kind == TEACHER:
+            args = teacher_of(args)
+        alone = {"teacher": None, "teacher_weights": None, "epochs": epochs or args.epochs}
+        return changed(args, **alone, **{name: getattr(parse([]), name) for name in DISTILLATION})
+
+
+def rows_of(args, parent):
+    """The rows of the table that the flags name, in its order; without --table those of the demonstration."""
+    if args.table is None:
+        taught = {"teacher_weights": parent / "teacher/last.pth", "teacher_epochs": 0}
+        return [
+            Row(f"teacher {args.teacher}", TEACHER, folder="teacher"),
+            Row(f"plain {args.student}", PLAIN, folder="plain"),
+            Row(f"TAR {args.student} from {args.teacher}", DISTILLED, changes=taught, folder="tar"),
+            Row(f"plain {args.student}, equal cost", EQUAL, folder="plain-equal-cost"),
+        ]
+    rows = []
+    for title, what, paper in ROWS[args.table]:
+        if isinstance(what, dict):
+            rows.append(Row(title, DISTILLED, paper, what))
+        else:
+            kind, *teacher = what if isinstance(what, tuple) else (what,)
+            rows.append(Row(title, kind, paper, {"teacher": teacher[0]} if teacher else {}))
+    if args.teacher_weights:  # trained elsewhere
+        rows = [row for row in rows if row.kind != TEACHER]
+    return [*rows, Row("student, equal cost", EQUAL)]
+
+
+def run_table(args, machine, distil):
+    """Runs the rows that have not been run, notes which runs make the table, and prints it.
+
+    Args:
+        args: flags; student and teacher may be missing. Without --table: the demonstration, in folders of its own.
+        distil: train.py's function for a run: (args, machine, parent folder, name of its folder or None) ->
+            ({title: result.json's dict}, the student's last, and its folder).
+    """
+    teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
+    args = changed(args, student=args.student or student, teacher=args.teacher or teacher)
+    parent = Path(args.output or ("runs" if args.table else "runs/demo"))
+    rows = rows_of(args, parent)
+    for row in rows:  # before the first is trained
+        wrong = complaint(row.flags(args))
+        if wrong:
+            raise UserError(f"--table {args.table}, row {row.title}: {wrong}")
+    plain = next(row for row in rows if row.kind == PLAIN)
+    distilled = [row for row in rows if row.kind == DISTILLED]
+    whole = next((row for row in distilled if not row.changes), distilled[0])
+    results, images = {}, 0
+    for row in sorted(rows, key=lambda row: row.kind == EQUAL):
+        epochs = None
+        if row.kind == EQUAL:
+            pairs = zip(results[whole.title], results[plain.title], strict=True)
+            cost = mean(tar["seconds"] / alone["seconds"] for tar, alone in pairs)
+            epochs = max(math.ceil(args.epochs * cost), args.epochs)
+            machine.say(f"\nA distillation step costs {cost:.2f} plain steps: {epochs} epochs for {args.epochs}.")
+        flags = row.flags(args, epochs)
+        row.command = command_of(flags)
+        for seed in range(args.seed, args.seed + args.seeds):
+            trained, folder = distil(changed(flags, seed=seed), machine, parent, row.folder)
+            results.setdefault(row.title, []).append(list(trained.values())[-1])
+            row.runs.append(folder.name)
+        images = results[row.title][0]["test_images"]
+        name = args.table or "demo"
+        about = {"table": name, "dataset": args.dataset, "detector": args.detector, "test_images": images}
+        if machine.main:
+            index = {
+                **about,
+                "rows": [{k: v for k, v in asdict(r).items() if k not in ("changes", "folder")} for r in rows],
+            }
+            checkpoint.save_json(parent / f"table-{name}-{args.dataset}-{args.detector}.json", index)
+    machine.say("\n" + table_text(index, parent))
+    taught = [row for row in rows if row.kind == TEACHER and row.changes.get("teacher") == whole.changes.get("teacher")]
+    if taught:
+        student, teacher = (mean(r["AP"] for r in results[row.title]) for row in (whole, taught[0]))
+        verdict = "passes" if student >= teacher else "does not pass"
+        machine.say(f"\nThe student {verdict} its teacher: {student:.1f} AP against {teacher:.1f}.")
+    machine.say(f"Runs: {parent}. Next: python eval.py --weights {parent / whole.runs[0] / 'last.pth'}")
+
+
+def table_text(index, parent):
+    """A table as Markdown, and under it the command of each row.
+
+    Args:
+        index: what run_table() notes in table-NAME-....json.
+        parent: the folder of that file and of the runs; rows without a result are shown empty.
+    """
+    voc = index["dataset"] == "voc"
+    main = "voc07" if voc else "AP"  # the figure in which gains are counted
+    papers = index["test_images"] == PAPERS_TEST_IMAGES.get(index["dataset"]) and any(r["paper"] for r in index["rows"])
+    figures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"} | (
+        {"voc07": "VOC07 mAP", "voc_area": "VOC area mAP"} if voc else {}
+    )
+    results = {}
+    for row in index["rows"]:
+        found = [Path(parent) / run / "result.json" for run in row["runs"]]
+        results[row["title"]] = [read_json(file) for file in found if file.is_file()]
+    plain = next((results[row["title"]] for row in index["rows"] if row["kind"] == PLAIN), [])
+    header = ["run", *figures.values(), "gain", *(["paper"] if papers else [])]
+    header += ["parameters (M)", "epochs", "training minutes", "ms an image"]
+    lines = []
+    for row in index["rows"]:
+        runs = results[row["title"]]
+        line = [row["title"], *(spread([r[f] for r in runs]) for f in figures)]
+        gain = runs and plain and row["kind"] != PLAIN
+        line.append(f"{mean(r[main] for r in runs) - mean(r[main] for r in plain):+.1f}" if gain else None)
+        line += [row["paper"]] if papers else []
+        if runs:
+            line += [runs[0]["parameters"] / 1e6, runs[0]["epochs"]]
+            line += [mean(r["seconds"] for r in runs) / 60, mean(r["ms_per_image"] for r in runs)]
+        lines.append(line + [None] * (len(header) - len(line)))
+    seeds = max(len(runs) for runs in results.values())
+    about = f"{index['test_images']} test images of {index['dataset']}, {index['detector']}; "
+    about += f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    commands = "\n".join(f"{row['title']}:\n    {row['command']}" for row in index["rows"] if row["command"])
+    return f"{about}; the gain is in {figures[main]}.\n\n{markdown(header, lines)}\n\n{commands}"
+
+
+def figures_table(results):
+    """The figures of some runs: {title: result.json's dict} -> Markdown."""
+    figures = [f for f in ("AP", "AP50", "AP75", "voc07", "voc_area") if any(f in r for r in results.values())]
+    rows = [[title, *(r[f] for f in figures), r["epochs"], r["seconds"] / 60] for title, r in results.items()]
+    return markdown(["run", *figures, "epochs", "training minutes"], rows)
+
+
+def spread(values):
+    """Figures of several seeds in words: their mean, and their standard deviation if there are two or more."""
+    if not values or None in values:
+        return None
+    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def command_of(args):
+    """The command line that gives these flags: what differs from the defaults of their data set."""
+    words = ["python train.py", f"--student {args.student}"]
+    words += [f"--dataset {args.dataset}"] * (args.dataset != "shapes")
+    words += [f"--detector {args.detector}"] * (args.detector != "faster-rcnn")
+    usual = parse(["--dataset", args.dataset, "--detector", args.detector, "--student", args.student])
+    for action in parser()._actions:
+        name, value = action.dest, getattr(args, action.dest, None)
+        switched_off = any(name == f"weight_{level}" and getattr(args, f"no_{level}") for level in LEVELS)
+        apart = name in ("table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student")
+        if apart or switched_off or (action.dest == "decay" and "--no-decay" in action.option_strings):
+            continue
+        if value is not None and value != getattr(usual, name, None):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words.append(" ".join([action.option_strings[0], *map(str, values)]))
+    return " ".join(words)
 
 
 def markdown(header, rows):
@@ -20,18 +266,6 @@ def cell(value):
     if value is None:
         return "-"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def run_table(results):
-    """The table of some runs: {name: result.json's dict} -> Markdown."""
-    voc = any("voc07" in r for r in results.values())
-    header = ["run", "AP", "AP50", "AP75", *(["VOC07 mAP", "VOC area mAP"] if voc else [])]
-    header += ["parameters (M)", "epochs", "training minutes", "ms an image"]
-    rows = []
-    for name, r in results.items():
-        row = [name, r["AP"], r["AP50"], r["AP75"], *([r["voc07"], r["voc_area"]] if voc else [])]
-        rows.append([*row, r["parameters"] / 1e6, r["epochs"], r["seconds"] / 60, r["ms_per_image"]])
-    return markdown(header, rows)
 
 
 def class_table(per_class):

@@ -9,18 +9,9 @@ import torch
 from PIL import Image
 
 from tar import UserError, data, fail
-from tar.data import (
-    VOC_CLASSES,
-    Samples,
-    Voc,
-    load_dataset,
-    load_test_set,
-    make_loader,
-    read_annotation,
-    to_device,
-    train_batches,
-)
+from tar.data import Samples, load_dataset, load_test_set, make_loader, to_device, train_batches
 from tar.shapes import Shapes
+from tar.voc import VOC_CLASSES, Voc, read_annotation
 
 CAT = ("cat", (3, 5, 10, 20), 0)  # name; xmin, ymin, xmax, ymax as VOC counts; difficult
 
@@ -71,7 +62,8 @@ class TestVoc:
 
     def test_boxes_end_at_the_border(self, tmp_path):
         write_image(tmp_path, "000001", [("cat", (0, -4, 45, 31), 0)])
-        boxes, names, ignored = read_annotation(tmp_path / "Annotations/000001.xml")
+        boxes, names, ignored, size = read_annotation(tmp_path / "Annotations/000001.xml")
+        assert size == [40, 30]
         assert boxes.tolist() == [[0, 0, 40, 30]] and names == ["cat"] and ignored.tolist() == [False]
 
     def test_an_image_without_objects_has_no_boxes(self, tmp_path):
@@ -246,7 +238,7 @@ def test_download_without_a_network_is_refused_in_one_line(tmp_path, monkeypatch
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(data, "VOCDetection", fail)
+    monkeypatch.setattr("tar.voc.VOCDetection", fail)
     with pytest.raises(UserError, match=f"VOC 2007 trainval.*{re.escape(str(tmp_path))}") as refusal:
         load_dataset("voc", tmp_path, download=True)
     assert "\n" not in str(refusal.value)
@@ -268,7 +260,7 @@ def test_download_fetches_what_each_year_has_and_reads_it(tmp_path, monkeypatch)
         write_image(folder, "000001")
         write_list(folder, image_set, ["000001"])
 
-    monkeypatch.setattr(data, "VOCDetection", fetch)
+    monkeypatch.setattr("tar.voc.VOCDetection", fetch)
     train, test = load_dataset("voc", tmp_path, years=("2007", "2012"), download=True)
     assert sorted(asked) == [("2007", "test"), ("2007", "trainval"), ("2012", "trainval")]
     assert (len(train), len(test)) == (2, 1)

@@ -11,7 +11,7 @@ from torchvision.models import WeightsEnum
 from torchvision.ops import FrozenBatchNorm2d
 
 from tar import UserError
-from tar.models import BACKBONES, STRIDES, build_detector, build_resnet
+from tar.models import BACKBONES, STRIDES, build_backbone, build_detector
 
 SMALL = {
     **{"min_size": 64, "max_size": 64, "fpn_channels": 16, "head_channels": 32, "rois": 16},
@@ -82,7 +82,7 @@ def test_backbones_have_the_stages_of_their_names(backbone, blocks, widths):
 
 
 def test_every_backbone_is_named_above():
-    assert list(BACKBONES) == ["r10", "r18", "r34", "r50", "r101", "r152"]
+    assert list(BACKBONES) == ["r10", "r18", "r34", "r50", "r101", "r152", "mobilenet_v3_large"]
 
 
 def test_widths_and_classes_are_options():
@@ -213,7 +213,7 @@ def test_imagenet_weights_without_a_network_are_refused_with_a_way_out(monkeypat
 
 def test_there_are_no_imagenet_weights_for_r10():
     with pytest.raises(UserError, match=r"r10.*--backbone-weights none"):
-        build_resnet("r10", "imagenet")
+        build_backbone("r10", "imagenet")
 
 
 # What is wrong with a file of weights, and how to write it.
@@ -231,18 +231,18 @@ WRONG = {
 def test_a_wrong_file_of_weights_is_refused_by_name(r18_file, write):
     write(r18_file)
     with pytest.raises(UserError, match=re.escape(str(r18_file))) as error:
-        build_resnet("r18", str(r18_file))
+        build_backbone("r18", str(r18_file))
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_of_weights_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path / 'no.pth'))}: no such file"):
-        build_resnet("r18", str(tmp_path / "no.pth"))
+        build_backbone("r18", str(tmp_path / "no.pth"))
 
 
 def test_unknown_names_are_refused_with_those_there_are():
     with pytest.raises(UserError, match=r"'r11'.*r10, r18"):
-        build_resnet("r11")
+        build_backbone("r11")
     with pytest.raises(UserError, match=r"'r11'.*r10, r18"):
         build_detector("faster-rcnn", "r11", 3)
     with pytest.raises(UserError, match=r"'yolo'.*faster-rcnn"):

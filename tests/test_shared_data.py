@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tar.data import VOC_CLASSES, Samples, load_dataset, voc_classes
+from tar.data import Samples, load_dataset
 from tar.evaluation import voc_metrics
+from tar.voc import VOC_CLASSES, voc_classes
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 

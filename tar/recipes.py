@@ -1,0 +1,43 @@
+"""The recipe of each data set: what fills in the flags that are not given."""
+
+RECIPES = {
+    "voc": {
+        "epochs": 12,
+        "batch_size": 2,
+        "optimizer": "sgd",
+        "lr": 0.02,
+        "weight_decay": 1e-4,
+        "schedule": "step",
+        "warmup": 500,
+        "clip_grad": 0.0,
+        "size": [600, 1000],
+        "backbone_weights": "imagenet",
+        "fpn_channels": 256,
+        "head_channels": 1024,
+        "anchor_scale": 8,
+        "rois": 512,
+        "roi_samples": 2,
+        "rpn_top_n": [2000, 1000],
+        "workers": 2,
+    },
+    "shapes": {
+        "epochs": 4,
+        "batch_size": 8,
+        "optimizer": "adamw",
+        "lr": 0.004,
+        "weight_decay": 0.05,
+        "schedule": "cosine",
+        "warmup": 100,
+        "clip_grad": 0.0,
+        "size": [96, 96],
+        "backbone_weights": "none",
+        "fpn_channels": 64,
+        "head_channels": 256,
+        "anchor_scale": 4,
+        "rois": 64,
+        "roi_samples": 1,
+        "rpn_top_n": [200, 100],
+        "workers": 0,
+    },
+}
+RECIPES["coco"] = {**RECIPES["voc"], "size": [800, 1333]}
