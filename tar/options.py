@@ -187,6 +187,8 @@ def parse(argv=None):
     p = parser()
     args = p.parse_args(argv)
     args.dataset = args.dataset or TABLE_DATASETS.get(args.table, "shapes")
+    if args.table == "retinanet":
+        args.detector = "retinanet"
     recipe = dict(RECIPES[args.recipe or args.dataset])
     if args.detector == "retinanet":  # its pyramid starts at twice the stride; torchvision's own rate is half as high
         recipe["anchor_scale"] //= 2
