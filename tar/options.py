@@ -175,9 +175,7 @@ def parser():
 
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="run folder (default: runs/ and a name made of the settings)")
-    g.add_argument(
-        "--eval-every", type=_positive, default=1, metavar="N", help="epochs between evaluations; the last is always"
-    )
+    recipe(g, "--eval-every", "epochs between evaluations; the last is always", type=_positive, metavar="N")
     g.add_argument("--log-every", type=_positive, default=20, metavar="N", help="steps between lines of log.jsonl")
     return p
 

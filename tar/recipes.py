@@ -19,9 +19,10 @@ RECIPES = {
         "roi_samples": 2,
         "rpn_top_n": [2000, 1000],
         "workers": 2,
+        "eval_every": 1,
     },
     "shapes": {
-        "epochs": 4,
+        "epochs": 8,
         "batch_size": 8,
         "optimizer": "adamw",
         "lr": 0.004,
@@ -38,6 +39,7 @@ RECIPES = {
         "roi_samples": 1,
         "rpn_top_n": [200, 100],
         "workers": 0,
+        "eval_every": 2,
     },
 }
 RECIPES["coco"] = {**RECIPES["voc"], "size": [800, 1333]}

@@ -17,7 +17,7 @@ FLAGS = """
     --size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --anchor-scale 4 --roi-samples 1
     --epochs 2 --batch-size 4 --limit-train 12 --limit-test 6 --optimizer adamw --lr 0.004 --weight-decay 0.05
     --schedule cosine --warmup 1 --clip-grad 0 --backbone-weights none --workers 0 --threads 1 --amp none
-    --device cpu --log-every 1
+    --device cpu --log-every 1 --eval-every 1
     """
 SMALL = FLAGS.split()
 WEIGHTS = ["--weight-backbone", 0.05, "--weight-cls", 0.5, "--weight-reg", 0.25]
