@@ -1,6 +1,7 @@
 """The paper's tables: which runs make the rows, and how the rows are printed."""
 
 import math
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -232,11 +233,11 @@ def spread(values):
 
 
 def command_of(args):
-    """The command line that gives these flags: what differs from the defaults of their data set."""
-    words = ["python train.py", f"--student {args.student}"]
-    words += [f"--dataset {args.dataset}"] * (args.dataset != "shapes")
-    words += [f"--detector {args.detector}"] * (args.detector != "faster-rcnn")
-    usual = parse(["--dataset", args.dataset, "--detector", args.detector, "--student", args.student])
+    """The command line that gives these flags: what differs from the defaults of their data set or recipe."""
+    words = ["--student", args.student]
+    for name, default in (("dataset", "shapes"), ("detector", "faster-rcnn"), ("recipe", None)):
+        words += [f"--{name}", getattr(args, name)] * (getattr(args, name) != default)
+    usual = parse(words)
     for action in parser()._actions:
         name, value = action.dest, getattr(args, action.dest, None)
         switched_off = any(name == f"weight_{level}" and getattr(args, f"no_{level}") for level in LEVELS)
@@ -245,8 +246,8 @@ def command_of(args):
             continue
         if value is not None and value != getattr(usual, name, None):
             values = [] if value is True else value if isinstance(value, list) else [value]
-            words.append(" ".join([action.option_strings[0], *map(str, values)]))
-    return " ".join(words)
+            words += [action.option_strings[0], *map(str, values)]
+    return "python train.py " + shlex.join(words)
 
 
 def markdown(header, rows):

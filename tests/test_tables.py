@@ -1,6 +1,7 @@
 """The tables: which rows run, what is skipped, how figures are put together, and the commands they print."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,9 +92,12 @@ class TestRows:
 
     @pytest.mark.parametrize("name", options.TABLES)
     def test_every_row_is_a_command_that_is_understood(self, name, tmp_path):
-        args = parsed(f"--table {name} --student r10 --teacher r18 --dataset voc --data-path some --seed 3 --epochs 5")
+        args = parsed(
+            f"--table {name} --student r10 --teacher r18 --dataset voc --recipe shapes --size 64 96 --epochs 5"
+        )
+        args.data_path = "a folder"
         for row in rows_of(args, tmp_path):
-            words = command_of(row.flags(args)).split()
+            words = shlex.split(command_of(row.flags(args)))
             assert words[:2] == ["python", "train.py"]
             again = vars(options.parse(words[2:]))
             apart = {"table", "seed", "seeds", "output"}
