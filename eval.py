@@ -52,6 +52,8 @@ def main(argv=None):
         model, saved = checkpoint.load_detector(given.weights)
         flags = {k: v for k, v in vars(given).items() if v is not None}
         args = Namespace(**{"data_path": "data", "voc_years": ["2007"], "split": "test", **saved["settings"], **flags})
+        if args.dataset == "coco" and args.split == "val":
+            raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
         machine = set_up(args.device, args.amp, args.threads)
         if given.json and not Path(given.json).resolve().parent.is_dir():
             raise UserError(f"--json {given.json}: there is no such folder")

@@ -251,7 +251,8 @@ def load_teacher(args, data, machine):
         machine.say(
             f"Note: the teacher was trained on images of {size} pixels, and will see the student's {args.size}."
         )
-    measured, same = path.parent / "result.json", ("dataset", "data_path", "voc_years", "split", "limit_test", "epochs")
+    same = ("dataset", "data_path", "voc_years", "val_json", "val_images", "split", "limit_test", "epochs")
+    measured = path.parent / "result.json"
     now = settings_of(changed(args, epochs=saved.get("epoch")), machine)
     if path.name == "last.pth" and measured.is_file() and all(saved["settings"].get(k) == now.get(k) for k in same):
         ap, where = read_json(measured)["AP"], f"as measured in {measured}"

@@ -1,6 +1,7 @@
 """Images and boxes in COCO's JSON format: COCO itself, or any set written like it."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 
 from tar import UserError, one_line
 from tar.images import read_image
+
+LEAST_SIDE = 0.01  # pixels: a thinner box has no area once it is rounded to float32 and flipped
 
 
 class Coco:
@@ -96,7 +99,7 @@ def read_json_boxes(file):
             f"{file}: no such file; give --data-path with COCO's layout (annotations/instances_train2017.json, "
             "train2017), or --train-json, --train-images, --val-json and --val-images"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: not a JSON file, or cut short ({one_line(error)}); fetch it again") from None
     needed = {
         "images": {"id": int, "file_name": str, "width": int, "height": int},
@@ -111,9 +114,11 @@ def read_json_boxes(file):
             if wrong:
                 what = "is no object" if wrong is True else f"lacks a proper {wrong[0]}"
                 raise UserError(f"{file}: not COCO's format: entry {number} of {key} {what}")
-    for key in ("images", "categories"):
-        if len({entry["id"] for entry in data[key]}) < len(data[key]):
-            raise UserError(f"{file}: two {key} have the same id")
+        if not data[key] and key != "annotations":
+            raise UserError(f"{file}: not COCO's format: its list of {key} is empty")
+    for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        if len({entry[field] for entry in data[key]}) < len(data[key]):
+            raise UserError(f"{file}: two {key} have the same {field}")
     return tuple(data[key] for key in needed)
 
 
@@ -121,10 +126,12 @@ def inside_image(bbox, width, height):
     """COCO's box [x, y, w, h] as [x0, y0, x1, y1] cut off at the image's border; None if nothing is left of it."""
     try:
         x, y, w, h = map(float, bbox)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if not all(map(math.isfinite, (x, y, w, h))):
         return None
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    return [x0, y0, x1, y1] if w > 0 and h > 0 and x1 > x0 and y1 > y0 else None  # NaN compares false
+    return [x0, y0, x1, y1] if min(x1 - x0, y1 - y0) >= LEAST_SIDE else None
 
 
 def _arrays(rows):
@@ -137,5 +144,7 @@ def _measured(annotation, box, crowd):
     """An annotation as pycocotools reads it; its area is the object's, which the file may know better than the box."""
     x0, y0, x1, y1 = box
     where = {key: annotation[key] for key in ("image_id", "category_id")}
-    area = annotation.get("area", (x1 - x0) * (y1 - y0))
+    area = annotation.get("area")
+    if isinstance(area, bool) or not isinstance(area, int | float) or not math.isfinite(area):
+        area = (x1 - x0) * (y1 - y0)
     return {**where, "bbox": annotation["bbox"], "area": area, "iscrowd": int(crowd)}
