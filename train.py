@@ -119,9 +119,8 @@ def train(args, data, machine):
     if fresh and args.student_weights:
         machine.in_turn(start_from, student, args.student_weights, build, train_set.classes)
     levels = options.levels_of(args) if args.teacher else None
-    teacher = load_teacher(args, data, machine) if args.teacher else None
-    if fresh and args.inherit:
-        machine.say(f"Of the teacher's pyramid and heads {inherit(student, teacher)} tensors start the student's")
+    heir = student if fresh and args.inherit else None
+    teacher = load_teacher(args, data, machine, heir) if args.teacher else None
     step_module = Step(student, levels, teacher.backbone.out_channels if teacher else None)
     step_module.to(machine.device, memory_format=torch.channels_last).train()
 
@@ -240,10 +239,16 @@ def read_run(output, settings):
     return saved
 
 
-def load_teacher(args, data, machine):
-    """The frozen teacher of a run on its device, after a line that says how good it is."""
+def load_teacher(args, data, machine, heir=None):
+    """The frozen teacher of a run on its device, after a line that says how good it is.
+
+    Args:
+        heir: a student that starts from its pyramid and heads (--inherit).
+    """
     path = Path(args.teacher_weights)
     teacher, saved = machine.in_turn(read_teacher, args, data[0].classes)
+    if heir is not None:
+        machine.say(f"Of the teacher's pyramid and heads {inherit(heir, teacher)} tensors start the student's")
     teacher.requires_grad_(False).to(machine.device, memory_format=torch.channels_last)
     machine.freeze(teacher)
     size = [saved["build"]["min_size"], saved["build"]["max_size"]]

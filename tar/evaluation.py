@@ -171,6 +171,8 @@ def detect(model, source, device, batch_size=1, workers=0, rank=0, world=1, prog
     batches = test_batches(len(source), batch_size, rank, world)
     for images, targets in progress(make_loader(source, False, batches, workers=workers)):
         for target, found in zip(targets, model(to_device(images, [], device)[0]), strict=True):
+            real = found["labels"] > 0  # torchvision's RetinaNet may answer with the background
+            found = {key: value[real] for key, value in found.items()}
             truth = {f"gt_{key}": target[key].numpy() for key in ("boxes", "labels", "ignored")}
             found = {
                 key: found[key].float().cpu().numpy() if key != "labels" else found[key].cpu().numpy() for key in found

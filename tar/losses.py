@@ -35,7 +35,7 @@ def classification_loss(student_logits, teacher_logits, positives, keep=None, si
 
     Args:
         student_logits, teacher_logits: [P, classes + 1], the rows of the positive regions; P may be 0. RetinaNet's
-            first column, which torchvision keeps for the background and never trains on, is left out.
+            first column, which torchvision keeps for the background and no region is positive for, is left out.
         positives: K, a scalar tensor.
         keep: bool or float [P], the regions that the gate lets through; None for all.
         sigmoid: RetinaNet's form.

@@ -25,8 +25,7 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
     """
     if boxes.shape[-2] == 0:
         return boxes.new_zeros(*boxes.shape[:-2], height, width)
-    columns, rows = _profiles(boxes, height, width, stride, sigma2)
-    return (rows[..., :, None] * columns[..., None, :]).amax(-3)
+    return _gaussians(boxes, [(height, width)], [stride], sigma2)[0]
 
 
 def box_mask(boxes, height, width, stride):
@@ -34,16 +33,25 @@ def box_mask(boxes, height, width, stride):
     return (gaussian_mask(boxes, height, width, stride, sigma2=float("inf")) > 0).to(boxes.dtype)
 
 
-def _profiles(boxes, height, width, stride, sigma2):
-    """The two factors of every box's Gaussian: along x float [..., N, width] and along y float [..., N, height]."""
+def _gaussians(boxes, sizes, strides, sigma2):
+    """gaussian_mask() of all levels in one pass over the boxes (a Gaussian is one along x times one along y).
+
+    Args:
+        boxes: float [..., N, 4], N > 0; sizes: (height, width) of each level.
+
+    Returns:
+        list of L float [..., H_l, W_l].
+    """
     profiles = []
-    for low, high, cells in ((boxes[..., 0], boxes[..., 2], width), (boxes[..., 1], boxes[..., 3], height)):
-        at = (torch.arange(cells, device=boxes.device, dtype=boxes.dtype) + 0.5) * stride
-        centre, half = (low + high)[..., None] / 2, (high - low)[..., None] / 2
-        inside = (at >= low[..., None]) & (at <= high[..., None]) & (half > 0)
+    for axis in (0, 1):  # x, then y, at the cell centres of all levels one after the other
+        cells = [size[1 - axis] for size in sizes]
+        at = [(torch.arange(n, device=boxes.device) + 0.5) * stride for n, stride in zip(cells, strides, strict=True)]
+        at, low, high = torch.cat(at).to(boxes.dtype), boxes[..., axis, None], boxes[..., axis + 2, None]
+        centre, half = (low + high) / 2, (high - low) / 2
+        inside = (at >= low) & (at <= high) & (half > 0)
         exponent = (at - centre).square() / (sigma2 * half.clamp(min=1e-6).square())
-        profiles.append(torch.exp(-exponent) * inside)
-    return profiles
+        profiles.append((torch.exp(-exponent) * inside).split(cells, -1))
+    return [(y[..., :, None] * x[..., None, :]).amax(-3) for x, y in zip(*profiles, strict=True)]
 
 
 def fine_grained_mask(boxes, anchors, sizes, share=0.5):
@@ -64,7 +72,7 @@ def fine_grained_mask(boxes, anchors, sizes, share=0.5):
     if len(boxes):
         overlap = box_iou(boxes, anchors)
         best = overlap.amax(1, keepdim=True)
-        near = ((overlap > share * best) & (best > 0)).any(0).view(sum(cells), -1).any(1).to(boxes.dtype)
+        near = (overlap > share * best).any(0).view(sum(cells), -1).any(1).to(boxes.dtype)
     return [m.view(size) for m, size in zip(near.split(cells), sizes, strict=True)]
 
 
@@ -87,13 +95,8 @@ def pyramid_masks(targets, features, strides, kind="gaussian", sigma2=2.0, ancho
         each = [fine_grained_mask(t["boxes"], grid, sizes) for t, grid in zip(targets, anchors, strict=True)]
         return [torch.stack(level) for level in zip(*each, strict=True)]
     boxes = pad_sequence([t["boxes"] for t in targets], batch_first=True)  # padded by boxes of no area, which weigh 0
-    masks = []
-    for level, stride in zip(features, strides, strict=True):
-        height, width = level.shape[-2:]
-        if kind == "full":
-            masks.append(level.new_ones(len(targets), height, width))
-        elif kind == "box":
-            masks.append(box_mask(boxes, height, width, stride))
-        else:
-            masks.append(gaussian_mask(boxes, height, width, stride, sigma2))
-    return masks
+    sizes = [tuple(level.shape[-2:]) for level in features]
+    if kind == "full" or boxes.shape[1] == 0:
+        return [boxes.new_full((len(targets), *size), float(kind == "full")) for size in sizes]
+    levels = _gaussians(boxes, sizes, strides, sigma2 if kind == "gaussian" else float("inf"))
+    return levels if kind == "gaussian" else [(level > 0).to(boxes.dtype) for level in levels]

@@ -201,7 +201,7 @@ def parse(argv=None):
     if wrong:
         p.error(wrong)
     if args.teacher and not levels_of(args).weights():  # the plain student: no teacher is needed
-        args.teacher = args.teacher_weights = None
+        args.teacher, args.teacher_weights, args.inherit = None, None, False
     return args
 
 

@@ -40,7 +40,7 @@ def changed(args, **changes):
 
 def teacher_of(args):
     """The flags of the run that trains the teacher of a run first."""
-    none = {"teacher": None, "teacher_weights": None, "student_weights": None, "output": None}
+    none = {"teacher": None, "teacher_weights": None, "student_weights": None, "inherit": False, "output": None}
     return changed(args, **none, student=args.teacher, epochs=args.teacher_epochs or args.epochs)
 
 
