@@ -39,7 +39,7 @@ RECIPES = {
         "roi_samples": 1,
         "rpn_top_n": [200, 100],
         "workers": 0,
-        "eval_every": 2,
+        "eval_every": 4,
     },
 }
 RECIPES["coco"] = {**RECIPES["voc"], "size": [800, 1333]}
