@@ -28,7 +28,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     small = "--size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --anchor-scale 4 --workers 0"
     short = "--epochs 2 --batch-size 3 --limit-train 12 --limit-test 7 --log-every 1 --threads 1 --amp none"
-    models = f"--device cpu --student r10 --teacher r18 --output {folder}/student"
+    models = f"--eval-every 1 --device cpu --student r10 --teacher r18 --output {folder}/student"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [*launch, str(ROOT / "train.py"), *f"{small} {short} {models}".split()]

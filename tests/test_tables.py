@@ -152,10 +152,12 @@ def test_a_killed_table_is_finished_by_the_same_command(tmp_path):
     out, error = running.communicate(timeout=150)
     assert running.returncode == 0, error
     results = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/result.json")}
-    assert len(results) == 8 and done.items() <= results.items()  # 3 rows and the teacher, 2 seeds each; the done kept
+    assert done.items() <= results.items()  # what was done is kept
     [note] = tmp_path.glob("table-decay-shapes-faster-rcnn.json")
     rows = {row["title"]: row for row in json.loads(note.read_text())["rows"]}
     assert [len(row["runs"]) for row in rows.values()] == [2, 2, 2]
+    runs = {run for row in rows.values() for run in row["runs"]}  # if a step costs no more, equal cost is the plain run
+    assert len(runs) in (4, 6) and len(results) == len(runs) + 2  # the teachers
 
     printed = command("eval.py", "--table", "decay", "--results", tmp_path)
     assert printed.returncode == 0, printed.stderr
