@@ -12,6 +12,7 @@ from pycocotools.cocoeval import COCOeval
 
 from tar import data
 from tar.evaluation import coco_metrics, detect, evaluate, voc_ap, voc_curve, voc_metrics
+from tar.shapes import Shapes
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
@@ -300,3 +301,14 @@ def test_test_batches_share_out_every_image_once(length, world):
     keys = [key for share in shares for batch in share for key in batch]
     assert sorted(keys) == [(0, i) for i in range(length)]
     assert all(len(batch) <= 2 for share in shares for batch in share)
+
+
+def test_an_answer_of_the_background_class_is_left_out():
+    class Answers(torch.nn.Module):
+        def forward(self, images):
+            boxes = torch.tensor([[1.0, 2, 9, 9], [3, 4, 8, 8]])
+            labels, scores = torch.tensor([0, 2]), torch.tensor([0.9, 0.5])
+            return [{"boxes": boxes, "labels": labels, "scores": scores} for _ in images]
+
+    [found] = detect(Answers(), Shapes("test", 1), torch.device("cpu"))
+    assert (found["boxes"].tolist(), found["labels"].tolist(), found["scores"].tolist()) == ([[3, 4, 8, 8]], [2], [0.5])
