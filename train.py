@@ -143,10 +143,12 @@ def train(args, data, machine):
     if machine.main:
         begin_run(output, settings, first_epoch)
     wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
+    distilled = True  # until the decay's end
 
     where = {"rank": machine.rank, "world": machine.world, "wide": getattr(train_set, "wide", None)}
     steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, **where))
     total_steps = args.epochs * steps_per_epoch
+    distilled_steps = math.ceil(args.decay_end * total_steps) if args.teacher else 0
     for epoch in range(first_epoch, args.epochs):
         batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, **where)
         loader = make_loader(train_set, True, batches, args.seed, args.workers, machine.device.type == "cuda")
@@ -159,12 +161,16 @@ def train(args, data, machine):
             # Region sampling draws from a generator seeded by the step: a resumed run needs no generator's state.
             torch.manual_seed((args.seed * 1_000_003 + step) * machine.world + machine.rank)
             lr = learning_rate(step, total_steps, base_lr, args.warmup, args.schedule)
-            weight = decay(step, total_steps, args.decay)  # METHOD section 5
+            weight = decay(step, distilled_steps, args.decay) if step < distilled_steps else 0.0  # METHOD section 5
+            if args.teacher and weight == 0 and distilled:  # from here on nothing of the teacher is computed
+                distilled, teacher = False, None
+                step_module.adapters.requires_grad_(False)
+                wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images, targets = to_device(images, targets, machine.device)
             with machine.autocast():
-                detection, distillation, seen = wrapped(images, targets, teacher if weight > 0 else None)
+                detection, distillation, seen = wrapped(images, targets, teacher)
             loss = sum(detection.values())
             if distillation:
                 loss = loss + weight * sum(w * distillation[name] for name, w in levels.weights().items())

@@ -15,7 +15,7 @@ BUILD = ("fpn_channels", "head_channels", "anchor_scale", "rois", "roi_samples",
 LEVELS = ("backbone", "cls", "reg")
 DISTILLATION = (
     *("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay"),
-    *("proposals", "no_sharing", "soft_labels", "background_weight", "inherit", "teacher_epochs"),
+    *("decay_end", "proposals", "no_sharing", "soft_labels", "background_weight", "inherit", "teacher_epochs"),
 )
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 TABLE_DATASETS = {"voc": "voc", "coco": "coco", "retinanet": "coco"}  # of the paper's tables; of the others: shapes
@@ -141,6 +141,9 @@ def parser():
         help="the same as --decay none",
     )
 
+    text = "part of the run after which the decay has reached 0 and the teacher is no longer asked"
+    recipe(g, "--decay-end", text, type=_part, metavar="PART")
+
     g = p.add_argument_group("training")
     text = (
         "whose defaults to take: voc's (ImageNet weights) or shapes' (small and from scratch); default: the data set's"
@@ -191,6 +194,8 @@ def parse(argv=None):
     if args.detector == "retinanet":  # its pyramid starts at twice the stride; torchvision's own rate is half as high
         recipe["anchor_scale"] //= 2
         recipe["lr"] /= 2 if getattr(args, "optimizer", recipe["optimizer"]) == "sgd" else 1
+    if args.decay == "none":  # it has no end
+        recipe["decay_end"] = 1.0
     for name, value in recipe.items():
         if not hasattr(args, name):
             setattr(args, name, value)
@@ -209,7 +214,8 @@ def complaint(args):
     """What is wrong with the flags taken together: a line, or None."""
     default = Levels()
     named = [*DISTILLATION, *(f"no_{level}" for level in LEVELS)]
-    given = [f"--{n.replace('_', '-')}" for n in named if getattr(args, n) != getattr(_parsed_nothing(), n)]
+    usual = {**vars(_parsed_nothing()), **RECIPES[args.recipe or args.dataset]}
+    given = [f"--{n.replace('_', '-')}" for n in named if getattr(args, n) != usual[n]]
     retinanet, all_regions = args.detector == "retinanet", args.soft_labels == "all"
     own_proposals = args.no_sharing or args.proposals != "student"
     anchors = "RetinaNet's anchors are the same for both models"
@@ -235,6 +241,7 @@ def complaint(args):
             given and args.student and not (args.teacher or args.table),
             f"{given and given[0]} needs --teacher BACKBONE: nothing is distilled without",
         ),
+        (args.decay == "none" and args.decay_end < 1, f"--decay-end {args.decay_end}: there is no decay that ends"),
         (retinanet and args.proposals != "student", f"--proposals {args.proposals}: {anchors}; there are no proposals"),
         (retinanet and args.no_sharing, f"--no-sharing: {anchors}; there is nothing else to answer for"),
         (args.no_sharing and args.proposals != "student", "--no-sharing contradicts --proposals"),
@@ -297,13 +304,13 @@ def _words(value):
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _number(kind, least, text):
+def _number(kind, least, text, most=2**31 - 1):
     def convert(word):
         try:
             value = kind(word)
         except ValueError:
             value = None
-        if value is None or not least <= value < 2**31:
+        if value is None or not least <= value <= most:
             raise argparse.ArgumentTypeError(f"{word!r} is not {text}")
         return value
 
@@ -314,3 +321,4 @@ _positive = _number(int, 1, "a whole number from 1")
 _count = _number(int, 0, "a whole number from 0")
 _weight = _number(float, 0, "a number from 0")
 _above_0 = _number(float, 1e-9, "a number above 0")
+_part = _number(float, 1e-9, "a number above 0 and up to 1", 1.0)

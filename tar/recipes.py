@@ -20,6 +20,7 @@ RECIPES = {
         "rpn_top_n": [2000, 1000],
         "workers": 2,
         "eval_every": 1,
+        "decay_end": 1.0,
     },
     "shapes": {
         "epochs": 8,
@@ -40,6 +41,7 @@ RECIPES = {
         "rpn_top_n": [200, 100],
         "workers": 0,
         "eval_every": 4,
+        "decay_end": 1.0,
     },
 }
 RECIPES["coco"] = {**RECIPES["voc"], "size": [800, 1333]}

@@ -24,7 +24,16 @@ INCIDENTAL = {
 }
 # Flags that mean nothing to some runs.
 DISTILLATION = {"teacher", "teacher_weights", "weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2"}
-DISTILLATION |= {"cls_gate", "reg_gate", "decay", "proposals", "no_sharing", "soft_labels", "background_weight"}
+DISTILLATION |= {
+    "cls_gate",
+    "reg_gate",
+    "decay",
+    "decay_end",
+    "proposals",
+    "no_sharing",
+    "soft_labels",
+    "background_weight",
+}
 DISTILLATION |= {"inherit", "teacher_epochs"}
 FILES = {  # flags of each data set
     "shapes": set(),

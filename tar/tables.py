@@ -20,13 +20,14 @@ def only(*kept):
     return {f"no_{name}": True for name in off} | {f"weight_{name}": 0.0 for name in off}
 
 
+CONSTANT = {"decay": "none", "decay_end": 1.0}  # flags of a row without decay
 # A row is (title, what it is or the flags it changes, the paper's figure or None).
 LEVEL_ROWS = (
     ("student, no distillation", PLAIN, 70.0),
-    ("+ backbone level (Gaussian mask)", {**only("backbone"), "decay": "none"}, 72.4),
-    ("+ classification level", {**only("cls"), "decay": "none"}, 73.2),
-    ("+ regression level", {**only("reg"), "decay": "none"}, 73.4),
-    ("all three levels, no decay", {"decay": "none"}, 73.8),
+    ("+ backbone level (Gaussian mask)", {**only("backbone"), **CONSTANT}, 72.4),
+    ("+ classification level", {**only("cls"), **CONSTANT}, 73.2),
+    ("+ regression level", {**only("reg"), **CONSTANT}, 73.4),
+    ("all three levels, no decay", CONSTANT, 73.8),
     ("all three levels, decay", {}, 74.5),
     ("teacher", TEACHER, 74.3),
 )
@@ -57,7 +58,8 @@ ROWS = {
     ),
     "decay": (
         ("student, no distillation", PLAIN, None),
-        *((f"all three levels, decay {d}", {"decay": d}, None) for d in ("linear", "cosine", "step", "none")),
+        *((f"all three levels, decay {d}", {"decay": d}, None) for d in ("linear", "cosine", "step")),
+        ("all three levels, decay none", CONSTANT, None),
         ("teacher", TEACHER, None),
     ),
     "gates": (
@@ -242,7 +244,8 @@ def command_of(args):
         name, value = action.dest, getattr(args, action.dest, None)
         switched_off = any(name == f"weight_{level}" and getattr(args, f"no_{level}") for level in LEVELS)
         apart = name in ("table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student")
-        if apart or switched_off or (action.dest == "decay" and "--no-decay" in action.option_strings):
+        unused = name in DISTILLATION and not args.teacher
+        if apart or unused or switched_off or (action.dest == "decay" and "--no-decay" in action.option_strings):
             continue
         if value is not None and value != getattr(usual, name, None):
             values = [] if value is True else value if isinstance(value, list) else [value]

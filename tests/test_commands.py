@@ -145,6 +145,21 @@ def test_another_student_uses_the_teacher_that_is_there(voc, capsys):
     assert [p for p in voc.run.parent.iterdir() if "r18" in p.name] == [voc.teacher]
 
 
+def test_after_the_end_of_the_decay_the_teacher_is_not_asked(voc, work, monkeypatch):
+    asked, original = [], train.Step.forward
+
+    def forward(self, images, targets, teacher):
+        asked.append(teacher is not None)
+        return original(self, images, targets, teacher)
+
+    monkeypatch.setattr(train.Step, "forward", forward)
+    call(train.main, *voc.flags, "--decay-end", 0.5, "--output", work / "voc/half")
+    steps, _ = read_log(work / "voc/half")
+    assert asked == [True] * 3 + [False] * 3
+    assert [line["decay"] for line in steps] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0], abs=1e-6)
+    assert all(("distill_cls" in line) == with_teacher for line, with_teacher in zip(steps, asked, strict=True))
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(voc, monkeypatch, capsys):
     resumed = voc.run.parent / "resumed"
 

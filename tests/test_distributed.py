@@ -24,11 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A plain teacher and a distilled student, trained by two processes with one command."""
+    """A plain teacher, and a student distilled for half of its run, trained by two processes with one command."""
     folder = tmp_path_factory.mktemp("distributed")
     small = "--size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --anchor-scale 4 --workers 0"
     short = "--epochs 2 --batch-size 3 --limit-train 12 --limit-test 7 --log-every 1 --threads 1 --amp none"
-    models = f"--eval-every 1 --device cpu --student r10 --teacher r18 --output {folder}/student"
+    models = f"--eval-every 1 --decay-end 0.5 --device cpu --student r10 --teacher r18 --output {folder}/student"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [*launch, str(ROOT / "train.py"), *f"{small} {short} {models}".split()]
@@ -65,7 +65,12 @@ def test_both_processes_share_an_epoch_and_one_writes(runs):
         lines = [json.loads(line) for line in (runs[which] / "log.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines if "lr" in line] == [1, 2, 3, 4]  # 2 epochs of 12 / (2 * 3) steps
         assert len([line for line in lines if "metrics" in line]) == 2
-    assert all("distill_backbone" in line for line in lines if "lr" in line)
+    assert [("distill_backbone" in line, line["decay"]) for line in lines if "lr" in line] == [
+        (True, 1.0),
+        (True, 0.5),
+        (False, 0.0),
+        (False, 0.0),
+    ]
     assert runs["out"].count("2 x cpu") == 1
     config = json.loads((runs["student"] / "config.json").read_text())
     assert (config["batch_size"], config["images_per_step"]) == (3, 6)
