@@ -18,6 +18,7 @@ from tar import UserError, checkpoint, fail, options
 from tar.data import load_dataset, make_loader, to_device, train_batches
 from tar.distill import Step
 from tar.evaluation import evaluate, latency
+from tar.faults import Guard, StopSignals, diverged
 from tar.machine import set_up
 from tar.models import build_detector
 from tar.runs import append_line, begin_run, changed, find_run, read_json, run_name, settings_of, teacher_of
@@ -30,12 +31,13 @@ def main(argv=None):
     args = options.parse(argv)
     try:
         machine = set_up(args.device, args.amp, args.threads)
-        if args.table or not args.student:  # a table of the paper, or the demonstration
-            run_table(args, machine, distil)
-        else:
-            results, folder = distil(args, machine)
-            machine.say("\n" + figures_table(results))
-            machine.say(f"\nRun: {folder}. Next: python eval.py --weights {folder / 'last.pth'}")
+        with StopSignals() as machine.signals:
+            if args.table or not args.student:  # a table of the paper, or the demonstration
+                run_table(args, machine, distil)
+            else:
+                results, folder = distil(args, machine)
+                machine.say("\n" + figures_table(results))
+                machine.say(f"\nRun: {folder}. Next: python eval.py --weights {folder / 'last.pth'}")
     except UserError as error:
         fail("train.py", error)
     finally:
@@ -111,18 +113,22 @@ def train(args, data, machine):
         machine.say(f"{title}: {output} has ended, AP {cell(result['AP'])}")
         return machine.shared(result)
 
-    saved = machine.in_turn(read_run, output, settings)
+    saved = machine.in_turn(read_run, output, settings, machine.say)
     build = options.build_of(args, args.student, len(train_set.classes))
     torch.manual_seed(args.seed)  # every process starts from the same weights
     fresh = saved is None
     student = machine.in_turn(build_detector, **build if fresh else {**build, "backbone_weights": "none"})
     if fresh and args.student_weights:
         machine.in_turn(start_from, student, args.student_weights, build, train_set.classes)
+    if args.sync_bn and machine.device.type != "cuda":
+        raise UserError("--sync-bn: torch shares batch norm's statistics between GPUs only; leave it out on the CPU")
     levels = options.levels_of(args) if args.teacher else None
     heir = student if fresh and args.inherit else None
     teacher = load_teacher(args, data, machine, heir) if args.teacher else None
     step_module = Step(student, levels, teacher.backbone.out_channels if teacher else None)
     step_module.to(machine.device, memory_format=torch.channels_last).train()
+    if args.sync_bn:
+        step_module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(step_module)
 
     parameters = [p for p in step_module.parameters() if p.requires_grad]
     images_per_step = args.batch_size * machine.world
@@ -132,16 +138,16 @@ def train(args, data, machine):
     else:
         optimizer = torch.optim.AdamW(parameters, base_lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
-    first_epoch, seconds, metrics = 0, 0.0, {}
+    at = {"epoch": 0, "batch": 0, "seconds": 0.0, "metrics": {}}  # where the run is
+    at |= {"sums": {}, "summed": 0, "loss": math.nan, "bad_steps": 0}  # and what is logged next
     if saved:
         student.load_state_dict(saved["model"])
         step_module.adapters.load_state_dict(saved["adapters"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        first_epoch, seconds, metrics = saved["epoch"], saved["seconds"], saved["metrics"]
-        machine.say(f"{title}: going on after epoch {first_epoch} of {output / 'last.pth'}")
-    if machine.main:
-        begin_run(output, settings, first_epoch)
+        at = {name: saved[name] for name in at}
+    guard = Guard(step_module, optimizer, scaler, machine.device)
+    guard.total += at["bad_steps"]
     wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
     distilled = True  # until the decay's end
 
@@ -149,13 +155,29 @@ def train(args, data, machine):
     steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, **where))
     total_steps = args.epochs * steps_per_epoch
     distilled_steps = math.ceil(args.decay_end * total_steps) if args.teacher else 0
-    for epoch in range(first_epoch, args.epochs):
+    done = at["epoch"] * steps_per_epoch + at["batch"]
+    if saved:
+        machine.say(f"{title}: going on after step {done} of {total_steps}, from {output}")
+    if machine.main:
+        begin_run(output, settings, done, measured=at["batch"] == 0)
+
+    def save():
+        at["bad_steps"] = int(guard.total)
+        at["sums"] = {name: machine.average(value.float()) for name, value in at["sums"].items()}
+        if machine.main:
+            state = {"build": build, "classes": list(train_set.classes), "settings": settings, **at}
+            state |= {"model": student.state_dict(), "adapters": step_module.adapters.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            checkpoint.save(output / "last.pth", state)
+
+    for epoch in range(at["epoch"], args.epochs):
         batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, **where)
-        loader = make_loader(train_set, True, batches, args.seed, args.workers, machine.device.type == "cuda")
+        at["epoch"], begin = epoch, at["batch"]
+        loader = make_loader(train_set, True, batches[begin:], args.seed, args.workers, machine.device.type == "cuda")
         bar = machine.progress(f"{title} {epoch + 1}/{args.epochs}")(loader)
-        since_log = time.perf_counter()
-        sums, summed = {}, 0
-        for i, (images, targets) in enumerate(bar, 1):
+        machine.signals.patient = True  # a step is finished, and saved
+        since_log, recent, rate = time.perf_counter(), [], 0.0
+        for i, (images, targets) in enumerate(bar, begin + 1):
             started = time.perf_counter()  # `seconds` leaves the loader out: the runs of a table wait for it unequally
             step = epoch * steps_per_epoch + i - 1
             # Region sampling draws from a generator seeded by the step: a resumed run needs no generator's state.
@@ -168,6 +190,7 @@ def train(args, data, machine):
                 wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            names = [target["image_id"] for target in targets]
             images, targets = to_device(images, targets, machine.device)
             with machine.autocast():
                 detection, distillation, seen = wrapped(images, targets, teacher)
@@ -176,58 +199,61 @@ def train(args, data, machine):
                 loss = loss + weight * sum(w * distillation[name] for name, w in levels.weights().items())
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            if args.clip_grad:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(parameters, args.clip_grad)
-            scaler.step(optimizer)
-            scaler.update()
+            bad = guard.step(loss, args.clip_grad)
 
             terms = {"loss": loss, **detection, **distillation, **seen}
-            sums = {name: sums.get(name, 0) + value.detach() for name, value in terms.items()}
-            summed += 1
-            if i % args.log_every == 0 or i == steps_per_epoch:  # the only place that waits for the device
-                means = means_of(sums, summed, machine)
+            terms = {name: value.detach() for name, value in terms.items()}
+            recent.append((bad, terms, names))
+            at["sums"] = {name: at["sums"].get(name, 0) + value for name, value in terms.items()}
+            at["summed"] += 1
+            logs = i % args.log_every == 0 or i == steps_per_epoch  # the only place that waits for the device
+            if (logs or machine.device.type == "cpu") and guard.longest >= args.max_bad_steps:
+                raise diverged(recent, train_set, epoch, step + 1, output, machine)
+            if logs:
+                means = means_of(at["sums"], at["summed"], machine)
                 now = time.perf_counter()
-                rate = summed * images_per_step / (now - since_log)
+                rate = len(recent) * images_per_step / (now - since_log)
                 line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
-                record(output, {**line, **means}, machine)
+                record(output, {**line, **means, "bad_steps": int(guard.total)}, machine)
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-                bad = [name for name, value in means.items() if not math.isfinite(value)]
-                if bad and not machine.main:
-                    raise SystemExit(2)
-                if bad:
-                    raise UserError(f"step {step + 1}: {', '.join(bad)} not finite; try a lower --lr or --clip-grad 10")
-                sums, summed, since_log = {}, 0, now
-            seconds += time.perf_counter() - started
+                at |= {"sums": {}, "summed": 0, "loss": means["loss"]}
+                since_log, recent = now, []
+            at["seconds"] += time.perf_counter() - started
+            at["batch"] = i
+            stop = machine.any(machine.signals.received is not None)
+            if stop or i % args.save_every == 0 or i == steps_per_epoch:
+                save()
+            if stop:
+                raise machine.signals.stopped(f"{title}: stopped after step {step + 1} of {total_steps}")
+        machine.signals.patient = False
 
-        shown = ""
+        step, shown = (epoch + 1) * steps_per_epoch - 1, ""
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             if machine.world > 1:  # each process kept batch-norm statistics of its own images: rank 0's count
                 for buffer in student.buffers():
                     dist.broadcast(buffer, 0)
-            metrics = measure(student, args, test_set, machine)
+            at["metrics"] = metrics = measure(student, args, test_set, machine)
             shown = "".join(
                 f"  {name} {metrics[name]:.1f}" for name in ("AP", "AP50", "voc07") if metrics.get(name) is not None
             )
-            record(output, {"epoch": epoch + 1, "step": step + 1, "seconds": seconds, "metrics": metrics}, machine)
-        if machine.main:
-            state = {"build": build, "classes": list(train_set.classes), "settings": settings}
-            state |= {"model": student.state_dict(), "adapters": step_module.adapters.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            state |= {"epoch": epoch + 1, "seconds": seconds, "metrics": metrics}
-            checkpoint.save(output / "last.pth", state)
-        machine.say(f"{title} {epoch + 1}/{args.epochs}  loss {means['loss']:.3f}{shown}  {rate:.0f} images/s")
+            line = {"epoch": epoch + 1, "step": step + 1, "seconds": at["seconds"], "metrics": metrics}
+            record(output, line, machine)
+            at["epoch"], at["batch"] = epoch + 1, 0
+            save()
+        at["batch"] = 0
+        shown += f"  {rate:.0f} images/s" if rate else ""  # nothing was left to train of an epoch that was resumed
+        machine.say(f"{title} {epoch + 1}/{args.epochs}  loss {at['loss']:.3f}{shown}")
 
     if machine.main:
         result = {
-            **metrics,
+            **at["metrics"],
             "dataset": args.dataset,
             "detector": args.detector,
             "split": args.split,
             "test_images": len(test_set),
             "train_images": len(train_set),
             "epochs": args.epochs,
-            "seconds": seconds,
+            "seconds": at["seconds"],
             "parameters": sum(p.numel() for p in student.parameters()),
             "ms_per_image": latency(student, test_set, machine.device, machine.autocast()),
         }
@@ -235,12 +261,10 @@ def train(args, data, machine):
     return machine.shared(result)  # the others wait here
 
 
-def read_run(output, settings):
+def read_run(output, settings, say):
     """The checkpoint that a run goes on from; None for a new run."""
-    if not (output / "last.pth").is_file():
-        return None
-    saved = checkpoint.load(output / "last.pth")
-    if saved["settings"] != settings:
+    saved = checkpoint.load_latest(output, say)
+    if saved and saved["settings"] != settings:
         raise UserError(f"{output / 'last.pth'}: of a run of other settings; give another --output, or remove it")
     return saved
 
@@ -282,10 +306,8 @@ def measure(model, args, test_set, machine):
 
 def means_of(sums, count, machine):
     """The means of some terms over `count` steps and over all processes: {name: tensor} -> {name: float}."""
-    values = torch.stack([value.float() for value in sums.values()]) / count
-    if machine.world > 1:
-        dist.all_reduce(values)
-    return {name: round(value / machine.world, 5) for name, value in zip(sums, values.tolist(), strict=True)}
+    values = machine.average(torch.stack([value.float() for value in sums.values()]) / count)
+    return {name: round(value, 5) for name, value in zip(sums, values.tolist(), strict=True)}
 
 
 def record(output, line, machine):

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, enough to rebuild the detector."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,11 +11,14 @@ import torch
 from tar import UserError, one_line
 from tar.models import build_detector
 
-FORMAT = 1
+FORMAT = 2
+PREVIOUS = "previous.pth"
 
 
 def save(path, state):
     """Writes a checkpoint through a temporary file, so that a crash leaves the old one in place.
+
+    The one that was there is kept beside it as previous.pth.
 
     Args:
         path: file to write.
@@ -24,23 +28,56 @@ def save(path, state):
     Raises:
         UserError: it cannot be written.
     """
-    _write(path, lambda file: torch.save({"format": FORMAT, **state}, file), "wb")
+    state = {"format": FORMAT, **state}
+    state["digest"] = digest(state)
+    _write(path, lambda file: torch.save(state, file), "wb", keep=Path(path).with_name(PREVIOUS))
+
+
+def digest(state):
+    """SHA-256 of everything in a checkpoint, so that a byte that flipped on a disk does not go unnoticed."""
+    total = hashlib.sha256()
+
+    def take(value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                total.update(repr(key).encode())
+                take(inner)
+        elif isinstance(value, torch.Tensor):
+            total.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        elif isinstance(value, list | tuple):
+            total.update(b"[")
+            for inner in value:
+                take(inner)
+        else:
+            total.update(repr(value).encode())
+
+    take({key: value for key, value in state.items() if key != "digest"})
+    return total.hexdigest()
 
 
 def save_json(path, value):
     """Writes a value as JSON, through a temporary file as save does."""
-    _write(path, lambda file: file.write(json.dumps(value, indent=1) + "\n"), "w")
+    save_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _write(path, write, mode):
+def save_text(path, text):
+    """Writes a text, through a temporary file as save does."""
+    _write(path, lambda file: file.write(text), "w")
+
+
+def _write(path, write, mode, keep=None):
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, mode) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and Path(path).exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); what was there is kept") from error
 
 
@@ -62,7 +99,26 @@ def load(path):
         raise UserError(f"{path}: not a checkpoint of train.py (it lacks the model's settings or classes)")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: written in format {state['format']}, this code reads format {FORMAT}")
+    if state.get("digest") != digest(state):
+        raise UserError(f"{path}: damaged, its content does not fit its checksum; not loaded")
     return state
+
+
+def load_latest(folder, say):
+    """The newest sound checkpoint of a run's folder: last.pth, or the one before it; None if there is none.
+
+    Args:
+        say: told in a line, if last.pth could not be used.
+    """
+    last, previous = Path(folder) / "last.pth", Path(folder) / PREVIOUS
+    if last.is_file():
+        try:
+            return load(last)
+        except UserError as error:
+            if not previous.is_file():
+                raise UserError(f"{error}; remove it to start the run anew") from error
+            say(f"{error}: going on from {previous}")
+    return load(previous) if previous.is_file() else None
 
 
 def load_detector(path):

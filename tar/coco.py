@@ -70,6 +70,10 @@ class Coco:
     def __len__(self):
         return len(self.samples)
 
+    def name(self, epoch, index):
+        """An image's file."""
+        return str(self.folder / self.samples[index][1])
+
     def load(self, epoch, index):
         """See tar.data."""
         _, name, boxes, labels, ignored = self.samples[index]

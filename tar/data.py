@@ -19,7 +19,7 @@ from tar.shapes import Shapes
 from tar.voc import Voc, download_voc, tested_folders, voc_classes, voc_folders
 
 DATASETS = ("shapes", "voc", "coco")
-SHAPES_IMAGES = {"train": 650, "test": 400}  # an epoch of fresh images; the fixed test images
+SHAPES_IMAGES = {"train": 700, "test": 400}  # an epoch of fresh images; the fixed test images
 
 
 def load_dataset(

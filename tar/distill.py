@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import box_iou
 
 from tar import masks
@@ -157,10 +158,12 @@ def faster_rcnn(student, features, images, targets, pair=None):
         {name: scalar}; Shared, or None without a pair.
     """
     heads, sizes = student.roi_heads, images.image_sizes
-    proposals, detection = student.rpn(images, features, targets)
+    proposals, detection = region_proposals(student.rpn, images, features, targets)
     regions, matched_idxs, labels, deltas = heads.select_training_samples(proposals, targets)
     logits, boxes = box_head(student, features, regions, sizes)
-    detection["loss_classifier"], detection["loss_box_reg"] = fastrcnn_loss(logits, boxes, labels, deltas)
+    share = share_of_batch(logits.new_tensor(float(len(logits))))
+    losses = fastrcnn_loss(logits, boxes, labels, deltas)
+    detection["loss_classifier"], detection["loss_box_reg"] = (loss * share for loss in losses)
     if pair is None:
         return detection, None
 
@@ -224,6 +227,28 @@ def retinanet(student, features, images, targets, pair=None):
         both = [a[key][i][asked] for a in (answers, taught) for key in ("cls_logits", "bbox_regression")]
         rows.append((label, region, region, truth, *both))
     return detection, Shared(*map(torch.cat, zip(*rows, strict=True)), student.box_coder, sigmoid=True)
+
+
+def region_proposals(rpn, images, features, targets):
+    """A training student's proposals and the RPN's ordinary losses, in the steps of torchvision's RPN.
+
+    Returns:
+        list of B float [R, 4] xyxy; {name: scalar}.
+    """
+    maps = list(features.values())
+    objectness, deltas = rpn.head(maps)
+    anchors = rpn.anchor_generator(images, maps)
+    anchors_per_level = [o[0].numel() for o in objectness]
+    objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+    boxes = rpn.box_coder.decode(deltas.detach(), anchors).view(len(anchors), -1, 4)
+    proposals, _ = rpn.filter_proposals(boxes, objectness, images.image_sizes, anchors_per_level)
+    labels, truth = rpn.assign_targets_to_anchors(anchors, targets)
+    losses = rpn.compute_loss(objectness, deltas, labels, rpn.box_coder.encode(truth, anchors))
+    size, most = rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction
+    positives = [(y >= 1).sum().clamp(max=int(size * most)) for y in labels]
+    sampled = sum(p + torch.minimum((y == 0).sum(), size - p) for y, p in zip(labels, positives, strict=True))
+    share = share_of_batch(sampled)
+    return proposals, {"loss_objectness": losses[0] * share, "loss_rpn_box_reg": losses[1] * share}
 
 
 def box_head(model, features, regions, image_sizes):
@@ -298,6 +323,14 @@ def open_gate(kind, box_coder, mine, taught, region, teacher_region, truth):
         return torch.ones(len(region), dtype=torch.bool, device=region.device)
     reference = region if kind == "proposal" else decode(box_coder, mine, region)
     return regression_gate(decode(box_coder, taught, teacher_region), reference, truth)
+
+
+def share_of_batch(count):
+    """What turns a mean over this process's samples into its share of the mean over all processes'; 1 for one alone.
+
+    Torchvision's losses of Faster R-CNN are such means; RetinaNet's are means over images, of which all have as many.
+    """
+    return count / over_processes(count, least=1.0) if dist.is_initialized() else 1.0
 
 
 def over_processes(count, least=0.0):

@@ -24,6 +24,8 @@ class Machine:
     world: int
     device: torch.device
     amp: str
+    control: object = None  # a process group of gloo, for what processes agree on without their cards
+    signals: object = None  # those to stop, see tar.faults
 
     @property
     def main(self):
@@ -41,6 +43,27 @@ class Machine:
         if self.world > 1:
             dist.broadcast_object_list(box, 0)
         return box[0]
+
+    def gathered(self, value):
+        """The values of all processes, in the order of their ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value, self.control)
+        return values
+
+    def average(self, tensor):
+        """The mean of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor / self.world
+
+    def any(self, flag):
+        """Whether a flag is set in any process."""
+        if self.world == 1:
+            return flag
+        flag = torch.tensor(float(flag))
+        dist.all_reduce(flag, group=self.control)
+        return flag.item() > 0
 
     def in_turn(self, call, *args, **kwargs):
         """A call by rank 0 first and the others after it: one download, and one line about what is wrong."""
@@ -92,7 +115,7 @@ def set_up(device="auto", amp="auto", threads=0):
         raise UserError(f"--device {device}: under torchrun each process takes its own card; give --device cuda")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    rank, world = 0, 1
+    rank, world, control = 0, 1, None
     try:
         device = torch.device(device)
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
@@ -104,11 +127,12 @@ def set_up(device="auto", amp="auto", threads=0):
     if together:  # two hours: the others wait while rank 0 downloads
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
         rank, world = dist.get_rank(), dist.get_world_size()
+        control = dist.new_group(backend="gloo")
     if threads:
         torch.set_num_threads(threads)
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"
-    return Machine(rank, world, device, amp)
+    return Machine(rank, world, device, amp, control)
 
 
 def has_bf16(device):

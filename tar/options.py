@@ -93,6 +93,8 @@ def parser():
     g.add_argument("--inherit", action="store_true", help=text)
     g.add_argument("--detector", choices=DETECTORS, default="faster-rcnn", help="of teacher and student")
     recipe(g, "--backbone-weights", "imagenet (frozen batch norm), none (trained batch norm) or FILE", metavar="WHICH")
+    text = "trained batch norm over the images of all processes (GPUs); else each normalises its own"
+    g.add_argument("--sync-bn", action="store_true", help=text)
     recipe(g, "--fpn-channels", "width of the pyramid", type=_positive, metavar="N")
     recipe(g, "--head-channels", "width of the box head", type=_positive, metavar="N")
     text = "side of an anchor in strides of its level; RetinaNet: half of it"
@@ -159,6 +161,8 @@ def parser():
     g.add_argument("--momentum", type=_weight, default=0.9, metavar="M", help="of SGD")
     recipe(g, "--weight-decay", "of the optimizer", type=_weight, metavar="W")
     recipe(g, "--clip-grad", "largest norm of the gradient; 0: no limit", type=_weight, metavar="NORM")
+    text = "steps in a row whose gradient is not finite, after which a run stops; none of them is applied"
+    g.add_argument("--max-bad-steps", type=_positive, default=3, metavar="N", help=text)
     g.add_argument(
         "--seed", type=_count, default=0, metavar="N", help="of weights, order, flips, region sampling and drawn shapes"
     )
@@ -179,6 +183,8 @@ def parser():
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="run folder (default: runs/ and a name made of the settings)")
     recipe(g, "--eval-every", "epochs between evaluations; the last is always", type=_positive, metavar="N")
+    text = "steps between checkpoints; there is one after each epoch too"
+    g.add_argument("--save-every", type=_positive, default=1000, metavar="N", help=text)
     g.add_argument("--log-every", type=_positive, default=20, metavar="N", help="steps between lines of log.jsonl")
     return p
 
@@ -244,6 +250,10 @@ def complaint(args):
         (args.decay == "none" and args.decay_end < 1, f"--decay-end {args.decay_end}: there is no decay that ends"),
         (retinanet and args.proposals != "student", f"--proposals {args.proposals}: {anchors}; there are no proposals"),
         (retinanet and args.no_sharing, f"--no-sharing: {anchors}; there is nothing else to answer for"),
+        (
+            args.sync_bn and args.backbone_weights != "none",
+            "--sync-bn: batch norm is frozen with --backbone-weights; there is nothing to share between processes",
+        ),
         (args.no_sharing and args.proposals != "student", "--no-sharing contradicts --proposals"),
         (args.no_sharing and all_regions, "--no-sharing compares positive regions only: not with --soft-labels all"),
         (

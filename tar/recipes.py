@@ -41,7 +41,7 @@ RECIPES = {
         "rpn_top_n": [200, 100],
         "workers": 0,
         "eval_every": 4,
-        "decay_end": 1.0,
+        "decay_end": 0.5,
     },
 }
 RECIPES["coco"] = {**RECIPES["voc"], "size": [800, 1333]}

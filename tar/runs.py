@@ -15,6 +15,7 @@ INCIDENTAL = {
     "workers",
     "download",
     "log_every",
+    "save_every",
     "no_backbone",
     "no_cls",
     "no_reg",
@@ -93,14 +94,14 @@ def find_run(output, settings):
     return read_json(output / "result.json") if (output / "result.json").is_file() else None
 
 
-def begin_run(output, settings, epoch):
-    """Makes the folder of a run that starts, or goes on after an epoch, and its config.json."""
+def begin_run(output, settings, step, measured):
+    """Makes the folder of a run that starts, or goes on after some steps, and its config.json."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
     checkpoint.save_json(output / "config.json", settings)
-    trim_log(output / "log.jsonl", epoch)
+    trim_log(output / "log.jsonl", step, measured)
 
 
 def read_json(path):
@@ -117,14 +118,20 @@ def append_line(path, value):
         file.write(json.dumps(value) + "\n")
 
 
-def trim_log(path, epoch):
-    """Takes the lines of epochs after the given one off a log: the run goes on from there and writes them again."""
+def trim_log(path, step, measured):
+    """Takes off a log what came after the given step: the run goes on from there and writes it again.
+
+    Args:
+        measured: whether the figures that were measured after that very step are kept.
+    """
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for text in path.read_text().splitlines():
         try:
-            kept += [line] if json.loads(line)["epoch"] <= epoch else []
+            line = json.loads(text)
         except ValueError:  # the line that was being written when the run was killed
             continue
-    path.write_text("".join(line + "\n" for line in kept))
+        if line["step"] < step or (line["step"] == step and (measured or "metrics" not in line)):
+            kept.append(text + "\n")
+    checkpoint.save_text(path, "".join(kept))

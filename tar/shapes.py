@@ -159,6 +159,10 @@ class Shapes:
     def __len__(self):
         return self.length
 
+    def name(self, epoch, index):
+        """An image in words."""
+        return f"shapes image {index} of epoch {epoch}, seed {self.seed}"
+
     def load(self, epoch, index):
         """Image uint8 [3, SIDE, SIDE], boxes float [N, 4] in pixels, labels int64 [N], ignored bool [N]."""
         image, boxes, labels = _drawn(

@@ -140,7 +140,7 @@ def run_table(args, machine, distil):
     teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
     args = changed(args, student=args.student or student, teacher=args.teacher or teacher)
     if args.dataset == "shapes" and args.table in (None, "shapes"):  # as long as a plain student of equal cost, about
-        args.teacher_epochs = args.teacher_epochs or args.epochs * 11 // 8
+        args.teacher_epochs = args.teacher_epochs or args.epochs * 5 // 4
     parent = Path(args.output or ("runs" if args.table else "runs/demo"))
     rows = rows_of(args, parent)
     for row in rows:  # before the first is trained

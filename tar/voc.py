@@ -57,6 +57,10 @@ class Voc:
     def __len__(self):
         return len(self.samples)
 
+    def name(self, epoch, index):
+        """An image's file."""
+        return str(self.samples[index][0])
+
     def load(self, epoch, index):
         """See tar.data."""
         file, boxes, labels, ignored = self.samples[index]

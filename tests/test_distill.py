@@ -201,7 +201,7 @@ def test_train_asks_nothing_of_the_teacher_at_decay_zero(make_detector, monkeypa
     monkeypatch.setattr(train, "decay", lambda step, total, kind: float(step in at_work))
     small = "--size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --anchor-scale 4 --workers 0"
     run = f"--limit-train 12 --limit-test 2 --epochs 1 --batch-size 4 --threads 1 --log-every 1 --output {tmp_path}/run"
-    teach = "--student r10 --teacher r18 --teacher-weights unused --amp none --device cpu"
+    teach = "--decay-end 1 --student r10 --teacher r18 --teacher-weights unused --amp none --device cpu"
     train.main(f"{small} {run} {teach}".split())
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "lr" in line]

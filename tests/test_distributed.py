@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import parallel_equality
 import pytest
 import torch
 import torch.distributed as dist
@@ -159,3 +160,10 @@ def test_two_halves_give_the_gradient_of_the_whole(halves, name, term):
 
 def test_one_process_counts_for_itself():
     assert over_processes(torch.tensor(3.0)) == 3 and over_processes(torch.tensor(0.0), least=1.0) == 1
+
+
+def test_every_term_of_whole_detectors_gives_the_gradient_of_the_whole():
+    rows = parallel_equality.table([1, 2])  # with four: python tests/parallel_equality.py
+    assert len(rows) == 2 * 3 * (8 + 6)
+    assert max(difference for difference, _ in rows.values()) < 1e-5
+    assert sum(not_zero for _, not_zero in rows.values()) == 2 * (2 * (8 + 6) + 3 + 2)  # no boxes: only background

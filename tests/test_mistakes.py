@@ -12,11 +12,11 @@ from tar import options
 from tar.machine import set_up
 
 
-def wrong(capsys, main, *flags):
+def wrong(capsys, main, *flags, code=2):
     """The one line that a wrong command prints."""
     with pytest.raises(SystemExit) as stopped:
         call(main, *flags)
-    assert stopped.value.code == 2
+    assert stopped.value.code == code
     lines = capsys.readouterr().err.splitlines()
     errors = [line for line in lines if "error:" in line]
     assert len(errors) == 1 and errors[0] == lines[-1]
@@ -130,7 +130,7 @@ def test_evaluation_on_data_of_other_classes(capsys, voc, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path):
     flags = ["--student", "r10", "--optimizer", "sgd", "--lr", "2e9", "--output", tmp_path / "run"]
-    line = wrong(capsys, train.main, *SMALL, *flags)
+    line = wrong(capsys, train.main, *SMALL, *flags, code=3)
     assert "not finite" in line and "--lr" in line
     assert not (tmp_path / "run/result.json").exists()
 

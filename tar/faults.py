@@ -1,0 +1,140 @@
+"""What a run does about steps that are not finite, and about being told to stop."""
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tar import UserError
+
+
+class Diverged(UserError):
+    """Too many steps in a row were not finite; exit code 3."""
+
+    code, once = 3, True
+
+
+class Stopped(UserError):
+    """The run was told to stop and has saved its state; exit code 128 + the signal's number, as shells count."""
+
+    once = True
+
+    def __init__(self, text, number):
+        super().__init__(text)
+        self.code = 128 + number
+
+
+class Guard:
+    """Keeps steps whose gradient is not finite away from the weights, and counts them.
+
+    Nothing here waits for the device: the optimizer's fused kernel is given a flag that lives there and leaves the
+    weights and its own state alone where the flag is set. Batch norm's running statistics are put back likewise.
+
+    Args:
+        module: what is trained.
+        optimizer: a fused one of torch.
+        scaler: a GradScaler; an enabled one (fp16) leaves out steps that overflow itself, which belongs to its search
+            for a scale: they count as bad only where the scale can fall no further.
+        device: of the module.
+    """
+
+    def __init__(self, module, optimizer, scaler, device):
+        self.optimizer, self.scaler = optimizer, scaler
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.buffers = [b for norm in norms for b in norm.buffers()]
+        self.kept = [b.clone() for b in self.buffers]
+        self.streak, self.longest, self.total = torch.zeros(3, device=device)
+        if isinstance(optimizer, torch.optim.SGD):  # else a first step that is skipped leaves them as memory was found
+            for p in self.parameters:
+                optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+
+    def step(self, loss, clip_grad=0.0):
+        """Applies the gradients, unless they are not finite.
+
+        Args:
+            loss: of this step, a scalar tensor.
+            clip_grad: largest norm of the gradient; 0: no limit.
+
+        Returns:
+            a bool tensor, whether the step was bad; the same on all processes, as the gradients are.
+        """
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if clip_grad:
+            nn.utils.clip_grads_with_norm_(self.parameters, clip_grad, norm)
+        bad = ~torch.isfinite(norm)
+        if self.scaler.is_enabled():
+            spoiled = (~torch.isfinite(loss.detach())).float()
+            if dist.is_initialized():  # the gradient is the same on all processes, the loss is each one's own
+                dist.all_reduce(spoiled)
+            bad = (spoiled > 0) | (bad & (self.scaler.scale(torch.ones_like(norm)) <= 1))
+        else:
+            self.optimizer.found_inf, self.optimizer.grad_scale = bad.float(), None
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            buffer.copy_(torch.where(bad, kept, buffer))
+        torch._foreach_copy_(self.kept, self.buffers)
+        self.streak = (self.streak + 1) * bad
+        self.longest = torch.maximum(self.longest, self.streak)
+        self.total = self.total + bad
+        return bad
+
+
+def diverged(history, source, epoch, step, output, machine):
+    """The end of a run whose steps are not finite: an error that says where it began, and what to do.
+
+    Args:
+        history: list of (bad, {term: scalar tensor}, indices of the images) of the last steps.
+        source: of the images.
+        step: the last one.
+        output: the run's folder, whose checkpoint is sound.
+    """
+    terms, indices = next((terms, indices) for bad, terms, indices in history if bad)
+    names = sorted(terms, key=lambda name: name == "loss")  # the sum last
+    wrong = next((name for name in names if not torch.isfinite(terms[name])), None)
+    images = ", ".join(source.name(epoch, index) for index in indices)
+    found = machine.gathered((wrong, images))
+    wrong, images = next((pair for pair in found if pair[0]), ("the gradient alone", "; ".join(i for _, i in found)))
+    return Diverged(
+        f"stopped at step {step}: steps in a row were not finite, first {wrong}, on {images}; none was applied. "
+        f"Try a lower --lr, --clip-grad 10 or --amp none; look at these images; {output} is sound up to its checkpoint"
+    )
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, as clusters and keyboards send them: they raise Stopped, which ends the program in a line.
+
+    While `patient` is set they are only noted: the training loop finishes its step, saves and raises itself.
+
+    Attributes:
+        received: the number of the last signal, or None.
+    """
+
+    def __init__(self):
+        self.received, self.patient, self.owner = None, False, os.getpid()
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self._take) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number, _):
+        if os.getpid() != self.owner:  # a loader process: its parent decides, unless the parent itself ends it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        self.received = number
+        if not self.patient:
+            raise self.stopped("stopped between two steps")
+
+    def stopped(self, text):
+        """The exception that ends the run; the number is another process's where this one was not told."""
+        return Stopped(f"{text}, as told; the same command goes on", self.received or signal.SIGTERM)

@@ -1,0 +1,275 @@
+"""Runs that are killed, told to stop, damaged, or fed with numbers that are not finite."""
+
+import copy
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from fault_injection import COMMON, ROOT, inject, same, weights
+from tiny_runs import SMALL, call, read_log, read_result
+from torch import nn
+
+import train
+from tar import UserError, checkpoint
+from tar.faults import Guard
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory):
+    """A distilled student's flags; its teacher is there."""
+    teacher = tmp_path_factory.mktemp("teacher") / "r18"
+    call(train.main, *COMMON, "--student", "r18", "--output", teacher)
+    return [*COMMON, "--student", "r10", "--teacher", "r18", "--teacher-weights", str(teacher / "last.pth")]
+
+
+@pytest.fixture(scope="module")
+def alone(flags, tmp_path_factory):
+    """The same student, trained without interruption."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    call(train.main, *flags, "--output", folder)
+    return folder
+
+
+# Killed, told to stop
+
+
+def test_runs_killed_at_a_step_inside_a_write_and_between_two_names_end_equal(flags, tmp_path):
+    rows = inject(tmp_path, flags, ["step 8 0", "write 4 0.6", "rename 3 0"], say=lambda _: None)
+    assert [(starts, equal) for _, starts, equal in rows] == [(2, True)] * 3
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_ends_with_its_code(flags, alone, tmp_path, number, code):
+    run = tmp_path / "run"
+    words = [sys.executable, "train.py", *flags, "--log-every", "1", "--output", str(run)]
+    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 60
+    while not (run / "log.jsonl").exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    running.send_signal(number)
+    _, error = running.communicate(timeout=60)
+    assert running.returncode == code and "the same command goes on" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    saved = checkpoint.load(run / "last.pth")
+    assert len(read_log(run)[0]) == saved["epoch"] * 4 + saved["batch"] < 12
+    call(train.main, *flags, "--log-every", "1", "--output", run)
+    assert same(weights(run), weights(alone))
+    assert [line["step"] for line in read_log(run)[0]] == list(range(1, 13))
+    assert read_result(run)["AP"] == read_result(alone)["AP"]
+
+
+# Checkpoints that are damaged, disks that are full
+
+
+def interrupted(flags, folder, after):
+    """A run's folder as a kill after some steps leaves it."""
+    count = 0
+
+    def stop(step, *rest):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        return rate(step, *rest)
+
+    rate = train.learning_rate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "learning_rate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call(train.main, *flags, "--output", folder)
+
+
+def flip(path):
+    """Flips one bit in the middle of the largest tensor."""
+    state = torch.load(path, weights_only=True)
+    name = max(state["model"], key=lambda k: state["model"][k].numel())
+    inner = bytes(state["model"][name].untyped_storage()[400:440])
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(inner) + 7] ^= 16
+    path.write_bytes(whole)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, lambda path: path.write_bytes(b"")], ids=["a bit", "cut", "empty"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(flags, alone, tmp_path, capsys, damage):
+    run = tmp_path / "run"
+    interrupted(flags, run, 9)
+    assert [checkpoint.load(run / name)["batch"] for name in ("last.pth", "previous.pth")] == [4, 3]
+    damage(run / "last.pth")
+    with pytest.raises(UserError, match=str(run / "last.pth")):
+        checkpoint.load(run / "last.pth")
+    call(train.main, *flags, "--output", run)
+    out = capsys.readouterr().out
+    assert f"going on from {run / 'previous.pth'}" in out and "after step 7 of 12" in out
+    assert same(weights(run), weights(alone))
+
+
+def test_two_damaged_checkpoints_are_said_in_a_line_and_kept(flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    interrupted(flags, run, 9)
+    for name in ("last.pth", "previous.pth"):
+        cut(run / name)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        call(train.main, *flags, "--output", run)
+    assert stopped.value.code == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(flags, alone, tmp_path, capsys):
+    run = tmp_path / "run"
+    interrupted(flags, run, 9)
+    before = {name: (run / name).read_bytes() for name in ("last.pth", "previous.pth")}
+    (run / "last.pth.tmp").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stopped:
+        call(train.main, *flags, "--output", run)
+    error = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2 and os.strerror(errno.ENOSPC) in error and len(error.splitlines()) == 1
+    assert {name: (run / name).read_bytes() for name in before} == before
+    call(train.main, *flags, "--output", run)
+    assert same(weights(run), weights(alone))
+
+
+def test_every_value_of_a_checkpoint_counts_in_its_digest():
+    state = {"a": torch.arange(3.0), "b": {"c": [1, "x"], "d": torch.zeros(2, dtype=torch.bfloat16)}, "e": None}
+    changes = [
+        lambda s: s["a"].__setitem__(1, 1.0000001),
+        lambda s: s["b"]["c"].__setitem__(0, 2),
+        lambda s: s["b"].__setitem__("d", torch.zeros(2)),
+        lambda s: s["b"].__setitem__("d", torch.zeros(2, 1, dtype=torch.bfloat16)),
+        lambda s: s.__setitem__("e", 0),
+        lambda s: s.__setitem__("f", s.pop("e")),
+    ]
+    for change in changes:
+        other = copy.deepcopy(state)
+        assert checkpoint.digest(other) == checkpoint.digest(state)
+        change(other)
+        assert checkpoint.digest(other) != checkpoint.digest(state)
+
+
+# Steps that are not finite
+
+
+def small_net(optimizer):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 1))
+    options = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    return net, optimizer(net.parameters(), 0.1, fused=True, **options)
+
+
+def steps(optimizer, inputs):
+    """Weights, statistics and optimizer state after some guarded steps; the guard."""
+    net, optimizer = small_net(optimizer)
+    guard = Guard(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
+    for x in inputs:
+        optimizer.zero_grad()
+        loss = net(x).square().sum()
+        loss.backward()
+        guard.step(loss)
+    inner = {f"{i} {k}": v for i, row in enumerate(optimizer.state.values()) for k, v in row.items()}
+    return {**net.state_dict(), **inner}, guard
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_a_step_that_is_not_finite_leaves_no_trace(optimizer, where):
+    random = torch.Generator().manual_seed(1)
+    good = [torch.randn(4, 1, 4, 4, generator=random) for _ in range(3)]
+    bad = torch.full((4, 1, 4, 4), float("nan"))
+    clean, _ = steps(optimizer, good)
+    mixed, guard = steps(optimizer, [*good[:where], bad, bad, *good[where:]])
+    clean = {k: v for k, v in clean.items() if "num_batches" not in k}
+    assert all(torch.equal(mixed[k], v) for k, v in clean.items())
+    assert guard.total == 2 and guard.streak == (2 if where == 3 else 0)
+
+
+def test_a_gradient_is_clipped_to_its_norm():
+    net, optimizer = small_net(torch.optim.SGD)
+    before = [p.detach().clone() for p in net.parameters()]
+    guard = Guard(net, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
+    loss = 100 * net(torch.ones(4, 1, 4, 4)).sum()
+    loss.backward()
+    guard.step(loss, clip_grad=0.5)
+    moved = sum((p - q).square().sum() for p, q in zip(net.parameters(), before, strict=True)).sqrt()
+    assert moved.item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+def spoil(monkeypatch, at):
+    """Makes one loss term infinite at some steps."""
+    original, seen = train.Step.forward, []
+
+    def forward(self, *args):
+        detection, *rest = original(self, *args)
+        seen.append(1)
+        if len(seen) in at:
+            detection["loss_box_reg"] = detection["loss_box_reg"] * float("inf")
+        return detection, *rest
+
+    monkeypatch.setattr(train.Step, "forward", forward)
+
+
+def test_a_single_bad_step_is_skipped_and_counted(monkeypatch, tmp_path):
+    spoil(monkeypatch, {2})
+    call(train.main, *SMALL, "--student", "r10", "--output", tmp_path / "run")
+    assert [line["bad_steps"] for line in read_log(tmp_path / "run")[0]] == [0, 1, 1, 1, 1, 1]
+    saved = checkpoint.load(tmp_path / "run/last.pth")
+    assert all(torch.isfinite(v).all() for v in saved["model"].values() if v.is_floating_point())
+
+
+def test_bad_steps_in_a_row_end_the_run_with_the_term_and_the_images_named(monkeypatch, tmp_path, capsys):
+    spoil(monkeypatch, {4, 5, 6})
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit) as stopped:
+        call(train.main, *SMALL, "--student", "r10", "--max-bad-steps", 2, "--output", run)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 3
+    assert "step 5" in line and "loss_box_reg" in line and "--lr" in line and "of epoch 1" in line
+    saved = checkpoint.load(run / "last.pth")
+    assert (saved["epoch"], saved["batch"]) == (1, 0)
+    assert all(torch.isfinite(v).all() for v in saved["model"].values() if v.is_floating_point())
+
+
+def test_a_run_that_was_ended_by_bad_steps_goes_on(monkeypatch, tmp_path, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    call(train.main, *SMALL, "--student", "r10", "--output", whole)
+    with monkeypatch.context() as patch:
+        spoil(patch, {4, 5, 6})
+        with pytest.raises(SystemExit):
+            call(train.main, *SMALL, "--student", "r10", "--output", run)
+    call(train.main, *SMALL, "--student", "r10", "--output", run)
+    assert same(weights(run), weights(whole))
+
+
+def test_checkpoints_come_every_so_many_steps(flags, alone, tmp_path, monkeypatch):
+    saved = []
+    original = checkpoint.save
+
+    def note(path, state):
+        saved.append((state["epoch"], state["batch"]))
+        original(path, state)
+
+    monkeypatch.setattr(checkpoint, "save", note)
+    call(train.main, *flags, "--save-every", 2, "--output", tmp_path / "run")
+    assert saved == [(0, 2), (0, 4), (1, 2), (1, 4), (2, 2), (2, 4), (3, 0)]  # the last with the figures
+    assert same(weights(tmp_path / "run"), weights(alone))
+
+
+def test_the_same_command_gives_the_same_figures_with_and_without_loader_processes(alone, flags, tmp_path):
+    call(train.main, *flags, "--workers", 2, "--output", tmp_path / "again")
+    apart = {"seconds", "ms_per_image"}
+    one, other = ({k: v for k, v in read_result(run).items() if k not in apart} for run in (alone, tmp_path / "again"))
+    assert one == other and json.dumps(one) == json.dumps(other)
+    assert same(weights(alone), weights(tmp_path / "again"))
+    shutil.rmtree(tmp_path / "again")
