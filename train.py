@@ -9,12 +9,14 @@ The file reads from top to bottom: which runs there are to do, then one run: bui
 import math
 import time
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tar import UserError, checkpoint, fail, options
+from tar.check import check
 from tar.data import load_dataset, make_loader, to_device, train_batches
 from tar.distill import Step
 from tar.evaluation import evaluate, latency
@@ -32,7 +34,9 @@ def main(argv=None):
     try:
         machine = set_up(args.device, args.amp, args.threads)
         with StopSignals() as machine.signals:
-            if args.table or not args.student:  # a table of the paper, or the demonstration
+            if args.check_data:
+                check_data(args, machine)
+            elif args.table or not args.student:  # a table of the paper, or the demonstration
                 run_table(args, machine, distil)
             else:
                 results, folder = distil(args, machine)
@@ -90,6 +94,16 @@ def data_of(args, machine):
 
 
 _sources = {}
+TIMED = 24  # batches on which the cost of a distillation is measured
+
+
+def check_data(args, machine):
+    """--check-data: a summary of both sets, and an error if some images cannot be used."""
+    sets = zip(("training set", f"{args.split} set"), data_of(args, machine), strict=True)
+    broken = sum(check(source, title, machine, args.workers) for title, source in sets)
+    if broken:
+        raise UserError(f"{broken} images of {args.data_path} cannot be used; replace them or take them off the lists")
+    machine.say("\nEvery image can be used.")
 
 
 def title_of(args):
@@ -185,7 +199,7 @@ def train(args, data, machine):
             lr = learning_rate(step, total_steps, base_lr, args.warmup, args.schedule)
             weight = decay(step, distilled_steps, args.decay) if step < distilled_steps else 0.0  # METHOD section 5
             if args.teacher and weight == 0 and distilled:  # from here on nothing of the teacher is computed
-                distilled, teacher = False, None
+                distilled = False
                 step_module.adapters.requires_grad_(False)
                 wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
             for group in optimizer.param_groups:
@@ -193,7 +207,7 @@ def train(args, data, machine):
             names = [target["image_id"] for target in targets]
             images, targets = to_device(images, targets, machine.device)
             with machine.autocast():
-                detection, distillation, seen = wrapped(images, targets, teacher)
+                detection, distillation, seen = wrapped(images, targets, teacher if weight > 0 else None)
             loss = sum(detection.values())
             if distillation:
                 loss = loss + weight * sum(w * distillation[name] for name, w in levels.weights().items())
@@ -244,6 +258,13 @@ def train(args, data, machine):
         shown += f"  {rate:.0f} images/s" if rate else ""  # nothing was left to train of an epoch that was resumed
         machine.say(f"{title} {epoch + 1}/{args.epochs}  loss {at['loss']:.3f}{shown}")
 
+    cost = 1.0
+    if args.teacher:
+        batches = train_batches(len(train_set), args.batch_size, args.seed, 0, **where)[:TIMED]
+        loader = make_loader(train_set, True, batches, args.seed)
+        cost += (
+            (cost_of_distillation(step_module, teacher, loader, optimizer, machine) - 1) * distilled_steps / total_steps
+        )
     if machine.main:
         result = {
             **at["metrics"],
@@ -254,11 +275,36 @@ def train(args, data, machine):
             "train_images": len(train_set),
             "epochs": args.epochs,
             "seconds": at["seconds"],
+            "cost": cost,
             "parameters": sum(p.numel() for p in student.parameters()),
             "ms_per_image": latency(student, test_set, machine.device, machine.autocast()),
         }
         checkpoint.save_json(output / "result.json", result)
     return machine.shared(result)  # the others wait here
+
+
+def cost_of_distillation(step, teacher, loader, optimizer, machine):
+    """How many plain steps a distillation step costs: a ratio of medians, the two kinds taking turns.
+
+    Nothing is learnt in these steps: the run is over, and its weights are saved.
+    """
+    seconds = {True: [], False: []}
+    step.adapters.requires_grad_(True)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for batch in loader:
+        images, targets = to_device(*batch, machine.device)
+        for with_teacher in (True, False):
+            machine.wait()
+            started = time.perf_counter()
+            with machine.autocast():
+                detection, distillation, _ = step(images, targets, teacher if with_teacher else None)
+            optimizer.zero_grad()
+            sum([*detection.values(), *distillation.values()]).backward()
+            optimizer.step()
+            machine.wait()
+            seconds[with_teacher].append(time.perf_counter() - started)
+    return median(seconds[True]) / median(seconds[False])
 
 
 def read_run(output, settings, say):

@@ -128,9 +128,9 @@ def load_detector(path):
         UserError: as load, or weights that do not fit their own settings.
     """
     state = load(path)
-    model = build_detector(**{**state["build"], "backbone_weights": "none"})
     try:
+        model = build_detector(**{**state["build"], "backbone_weights": "none"})
         model.load_state_dict(state["model"])
-    except RuntimeError as error:
+    except (KeyError, RuntimeError, TypeError, UserError, ValueError) as error:
         raise UserError(f"{path}: its weights do not fit its settings ({one_line(error)})") from error
     return model.eval(), state

@@ -46,7 +46,7 @@ class Coco:
                 bad.add(a["image_id"])
             else:
                 boxes_of[a["image_id"]].append((box, label_of[a["category_id"]], bool(a.get("iscrowd")), a))
-        self.folder, self.samples, self.wide, self.dropped = Path(folder), [], [], []
+        self.folder, self.samples, self.wide, self.sizes, self.dropped = Path(folder), [], [], [], []
         self.dataset = {"images": [], "annotations": [], "categories": categories}  # what pycocotools measures against
         for image in images:
             if limit and len(self.samples) == limit:
@@ -60,6 +60,7 @@ class Coco:
                 raise UserError(f"{self.folder / image['file_name']}: no such image, but {file} lists it")
             self.samples.append((image["id"], image["file_name"], *_arrays(mine)))
             self.wide.append(image["width"] > image["height"])
+            self.sizes.append((image["width"], image["height"]))
             self.dataset["images"].append({"id": image["id"]})
             self.dataset["annotations"] += [_measured(a, box, crowd) for box, _, crowd, a in mine]
         if not self.samples:
@@ -77,7 +78,7 @@ class Coco:
     def load(self, epoch, index):
         """See tar.data."""
         _, name, boxes, labels, ignored = self.samples[index]
-        return read_image(self.folder / name), *map(torch.from_numpy, (boxes, labels, ignored))
+        return read_image(self.folder / name, self.sizes[index]), *map(torch.from_numpy, (boxes, labels, ignored))
 
 
 def coco_files(data_path, files):

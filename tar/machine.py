@@ -85,6 +85,11 @@ class Machine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, TYPES[self.amp])
 
+    def wait(self):
+        """Until a GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def freeze(self, model):
         """Casts a frozen model's convolutions and layers once, as autocast would anew in every step: same numbers."""
         if self.amp != "none":

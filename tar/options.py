@@ -62,6 +62,8 @@ def parser():
     )
     text = "what to measure on; val: to tune (voc: train list against val list; shapes: other images; coco: none)"
     g.add_argument("--split", choices=("test", "val"), default="test", help=text)
+    text = "read the whole data set, print what is in it and what is wrong with it, and train nothing"
+    g.add_argument("--check-data", action="store_true", help=text)
     recipe(
         g, "--size", "shorter side, and limit of the longer, pixels", nargs=2, type=_positive, metavar=("MIN", "MAX")
     )
@@ -228,7 +230,8 @@ def complaint(args):
     files = [f"--{name.replace('_', '-')}" for name in COCO_FILES if getattr(args, name)]
     for bad, why in (
         (
-            not (args.student or args.table) and (args.teacher or args.teacher_weights or args.dataset != "shapes"),
+            not (args.student or args.table or args.check_data)
+            and (args.teacher or args.teacher_weights or args.dataset != "shapes"),
             "--student BACKBONE is missing: which detector is to be trained?",
         ),
         (
@@ -269,6 +272,7 @@ def complaint(args):
         (files and args.dataset != "coco", f"{files and files[0]} needs --dataset coco"),
         (args.keep_empty and args.dataset != "coco", "--keep-empty needs --dataset coco"),
         (args.dataset == "coco" and args.split == "val", "--split val: COCO has one split to test on; cut your own"),
+        (args.check_data and args.dataset == "shapes", "--check-data reads files, and shapes are drawn"),
         (args.download and args.dataset != "voc", "--download fetches VOC only"),
         (
             args.teacher_weights == "coco" and args.teacher != "r50",

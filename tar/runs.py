@@ -16,6 +16,7 @@ INCIDENTAL = {
     "download",
     "log_every",
     "save_every",
+    "check_data",
     "no_backbone",
     "no_cls",
     "no_reg",

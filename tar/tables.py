@@ -147,17 +147,15 @@ def run_table(args, machine, distil):
         wrong = complaint(row.flags(args))
         if wrong:
             raise UserError(f"--table {args.table}, row {row.title}: {wrong}")
-    plain = next(row for row in rows if row.kind == PLAIN)
     distilled = [row for row in rows if row.kind == DISTILLED]
     whole = next((row for row in distilled if not row.changes), distilled[0])
     results, images = {}, 0
     for row in sorted(rows, key=lambda row: row.kind == EQUAL):
         epochs = None
         if row.kind == EQUAL:
-            pairs = zip(results[whole.title], results[plain.title], strict=True)
-            cost = mean(tar["seconds"] / alone["seconds"] for tar, alone in pairs)
+            cost = mean(result["cost"] for result in results[whole.title])
             epochs = max(math.ceil(args.epochs * cost), args.epochs)
-            machine.say(f"\nA distillation step costs {cost:.2f} plain steps: {epochs} epochs for {args.epochs}.")
+            machine.say(f"\nThe distillation costs {cost:.2f} plain trainings: {epochs} epochs for {args.epochs}.")
         flags = row.flags(args, epochs)
         row.command = command_of(flags)
         for seed in range(args.seed, args.seed + args.seeds):

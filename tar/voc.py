@@ -1,5 +1,6 @@
 """Images and boxes in the layout of PASCAL VOC."""
 
+import math
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -32,7 +33,7 @@ class Voc:
     def __init__(self, folders, split, classes, limit=0):
         self.classes = tuple(classes)
         self.samples = []  # (image file, boxes, labels, ignored)
-        self.wide = []
+        self.wide, self.sizes = [], []  # wider than high; (width, height)
         self.dropped = []  # names of images with boxes of no area
         for folder in folders:
             for name in read_list(folder, split):
@@ -47,6 +48,7 @@ class Voc:
                     self.dropped.append(name)
                 labels = np.array([self._label(n, folder, name) for n in names], dtype=np.int64)
                 self.wide.append(width > height)
+                self.sizes.append((round(width), round(height)))
                 self.samples.append((image, boxes[solid], labels[solid], ignored[solid]))
 
     def _label(self, class_name, folder, name):
@@ -64,7 +66,12 @@ class Voc:
     def load(self, epoch, index):
         """See tar.data."""
         file, boxes, labels, ignored = self.samples[index]
-        return read_image(file), torch.from_numpy(boxes), torch.from_numpy(labels), torch.from_numpy(ignored)
+        return (
+            read_image(file, self.sizes[index]),
+            torch.from_numpy(boxes),
+            torch.from_numpy(labels),
+            torch.from_numpy(ignored),
+        )
 
 
 def voc_folders(data_path, years):
@@ -90,7 +97,8 @@ def read_list(folder, split):
     if not file.is_file():
         raise UserError(f"{file}: no such list of images")
     try:
-        names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        names = [line.split()[0] for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as a list of image names ({one_line(error)})") from None
     if not names:
@@ -110,7 +118,7 @@ def read_annotation(file):
     try:
         root = ElementTree.parse(file).getroot()
         size = [float(root.findtext(f"size/{side}")) for side in ("width", "height")]
-        if min(size) <= 0:
+        if not all(0 < side < math.inf for side in size):
             raise ValueError("an image of no size")
         objects = root.findall("object")
         names = [(o.findtext("name") or "").strip() for o in objects]
@@ -122,6 +130,7 @@ def read_annotation(file):
     except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not a VOC annotation ({error})") from None
     boxes = np.array(corners, dtype=np.float32).reshape(-1, 4) - np.array([1, 1, 0, 0], dtype=np.float32)
+    boxes[~np.isfinite(boxes).all(1)] = 0  # no area: dropped
     boxes = boxes.clip(0, np.array(size * 2, dtype=np.float32))
     ignored = np.array([(o.findtext("difficult") or "0").strip() == "1" for o in objects], dtype=bool)
     return boxes, names, ignored, size
