@@ -9,18 +9,16 @@ The file reads from top to bottom: which runs there are to do, then one run: bui
 import math
 import time
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from tar import UserError, checkpoint, fail, options
-from tar.check import check
+from tar.check import check, report
 from tar.data import load_dataset, make_loader, to_device, train_batches
 from tar.distill import Step
-from tar.evaluation import evaluate, latency
-from tar.faults import Guard, StopSignals, diverged
+from tar.evaluation import cost_of_distillation, evaluate, latency
+from tar.faults import Guard, Stopped, StopSignals, diverged
 from tar.machine import set_up
 from tar.models import build_detector
 from tar.runs import append_line, begin_run, changed, find_run, read_json, run_name, settings_of, teacher_of
@@ -42,7 +40,7 @@ def main(argv=None):
                 results, folder = distil(args, machine)
                 machine.say("\n" + figures_table(results))
                 machine.say(f"\nRun: {folder}. Next: python eval.py --weights {folder / 'last.pth'}")
-    except UserError as error:
+    except (UserError, Stopped) as error:
         fail("train.py", error)
     finally:
         if dist.is_initialized():
@@ -102,7 +100,8 @@ def check_data(args, machine):
     sets = zip(("training set", f"{args.split} set"), data_of(args, machine), strict=True)
     broken = sum(check(source, title, machine, args.workers) for title, source in sets)
     if broken:
-        raise UserError(f"{broken} images of {args.data_path} cannot be used; replace them or take them off the lists")
+        text = f"{broken} images of {args.data_path} cannot be used; replace them or take them off the lists"
+        raise UserError(text).for_all()
     machine.say("\nEvery image can be used.")
 
 
@@ -135,7 +134,9 @@ def train(args, data, machine):
     if fresh and args.student_weights:
         machine.in_turn(start_from, student, args.student_weights, build, train_set.classes)
     if args.sync_bn and machine.device.type != "cuda":
-        raise UserError("--sync-bn: torch shares batch norm's statistics between GPUs only; leave it out on the CPU")
+        raise UserError(
+            "--sync-bn: torch shares batch norm's statistics between GPUs only; leave it out on the CPU"
+        ).for_all()
     levels = options.levels_of(args) if args.teacher else None
     heir = student if fresh and args.inherit else None
     teacher = load_teacher(args, data, machine, heir) if args.teacher else None
@@ -153,16 +154,18 @@ def train(args, data, machine):
         optimizer = torch.optim.AdamW(parameters, base_lr, weight_decay=args.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.amp == "fp16")
     at = {"epoch": 0, "batch": 0, "seconds": 0.0, "metrics": {}}  # where the run is
-    at |= {"sums": {}, "summed": 0, "loss": math.nan, "bad_steps": 0}  # and what is logged next
+    at |= {"sums": {}, "counts": {}, "loss": math.nan, "bad_steps": 0, "streak": 0}  # and what is logged next
     if saved:
         student.load_state_dict(saved["model"])
         step_module.adapters.load_state_dict(saved["adapters"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         at = {name: saved[name] for name in at}
+        at["sums"] = {name: value.to(machine.device) for name, value in at["sums"].items()}
     guard = Guard(step_module, optimizer, scaler, machine.device)
     guard.total += at["bad_steps"]
-    wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
+    guard.streak += at["streak"]
+    wrapped = machine.parallel(step_module)
     distilled = True  # until the decay's end
 
     where = {"rank": machine.rank, "world": machine.world, "wide": getattr(train_set, "wide", None)}
@@ -172,17 +175,23 @@ def train(args, data, machine):
     done = at["epoch"] * steps_per_epoch + at["batch"]
     if saved:
         machine.say(f"{title}: going on after step {done} of {total_steps}, from {output}")
-    if machine.main:
-        begin_run(output, settings, done, measured=at["batch"] == 0)
+    if len(set(machine.gathered(done))) > 1:
+        text = "is not the same for all processes; it must be on a disk that all machines share"
+        raise UserError(f"{output}: {text}").for_all()
+    machine.alone(begin_run, output, settings, done, measured=at["batch"] == 0)
 
     def save():
-        at["bad_steps"] = int(guard.total)
+        at["bad_steps"], at["streak"] = int(guard.total), int(guard.streak)
         at["sums"] = {name: machine.average(value.float()) for name, value in at["sums"].items()}
-        if machine.main:
-            state = {"build": build, "classes": list(train_set.classes), "settings": settings, **at}
-            state |= {"model": student.state_dict(), "adapters": step_module.adapters.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            checkpoint.save(output / "last.pth", state)
+        state = {"build": build, "classes": list(train_set.classes), "settings": settings, **at}
+        state |= {"model": student.state_dict(), "adapters": step_module.adapters.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        machine.alone(checkpoint.save, output / "last.pth", state)
+
+    def stop_if_told(step):
+        if machine.any(machine.signals.received is not None):
+            save()
+            raise machine.signals.stopped(f"{title}: stopped after step {step} of {total_steps}")
 
     for epoch in range(at["epoch"], args.epochs):
         batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, **where)
@@ -201,7 +210,7 @@ def train(args, data, machine):
             if args.teacher and weight == 0 and distilled:  # from here on nothing of the teacher is computed
                 distilled = False
                 step_module.adapters.requires_grad_(False)
-                wrapped = DistributedDataParallel(step_module) if machine.world > 1 else step_module
+                wrapped = machine.parallel(step_module)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             names = [target["image_id"] for target in targets]
@@ -212,33 +221,32 @@ def train(args, data, machine):
             if distillation:
                 loss = loss + weight * sum(w * distillation[name] for name, w in levels.weights().items())
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(guard.poisoned(loss)).backward()
             bad = guard.step(loss, args.clip_grad)
 
             terms = {"loss": loss, **detection, **distillation, **seen}
             terms = {name: value.detach() for name, value in terms.items()}
             recent.append((bad, terms, names))
-            at["sums"] = {name: at["sums"].get(name, 0) + value for name, value in terms.items()}
-            at["summed"] += 1
+            for name, value in terms.items():
+                at["sums"][name] = at["sums"].get(name, 0) + value
+                at["counts"][name] = at["counts"].get(name, 0) + 1
             logs = i % args.log_every == 0 or i == steps_per_epoch  # the only place that waits for the device
             if (logs or machine.device.type == "cpu") and guard.longest >= args.max_bad_steps:
                 raise diverged(recent, train_set, epoch, step + 1, output, machine)
             if logs:
-                means = means_of(at["sums"], at["summed"], machine)
+                means = means_of(at["sums"], at["counts"], machine)
                 now = time.perf_counter()
                 rate = len(recent) * images_per_step / (now - since_log)
                 line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
                 record(output, {**line, **means, "bad_steps": int(guard.total)}, machine)
                 bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
-                at |= {"sums": {}, "summed": 0, "loss": means["loss"]}
+                at |= {"sums": {}, "counts": {}, "loss": means["loss"]}
                 since_log, recent = now, []
             at["seconds"] += time.perf_counter() - started
             at["batch"] = i
-            stop = machine.any(machine.signals.received is not None)
-            if stop or i % args.save_every == 0 or i == steps_per_epoch:
+            if i % args.save_every == 0 or i == steps_per_epoch:
                 save()
-            if stop:
-                raise machine.signals.stopped(f"{title}: stopped after step {step + 1} of {total_steps}")
+            stop_if_told(step + 1)
         machine.signals.patient = False
 
         step, shown = (epoch + 1) * steps_per_epoch - 1, ""
@@ -258,53 +266,27 @@ def train(args, data, machine):
         shown += f"  {rate:.0f} images/s" if rate else ""  # nothing was left to train of an epoch that was resumed
         machine.say(f"{title} {epoch + 1}/{args.epochs}  loss {at['loss']:.3f}{shown}")
 
-    cost = 1.0
+    ms_per_image, cost = latency(student, test_set, machine.device, machine.autocast()), 1.0
     if args.teacher:
         batches = train_batches(len(train_set), args.batch_size, args.seed, 0, **where)[:TIMED]
         loader = make_loader(train_set, True, batches, args.seed)
-        cost += (
-            (cost_of_distillation(step_module, teacher, loader, optimizer, machine) - 1) * distilled_steps / total_steps
-        )
-    if machine.main:
-        result = {
-            **at["metrics"],
-            "dataset": args.dataset,
-            "detector": args.detector,
-            "split": args.split,
-            "test_images": len(test_set),
-            "train_images": len(train_set),
-            "epochs": args.epochs,
-            "seconds": at["seconds"],
-            "cost": cost,
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "ms_per_image": latency(student, test_set, machine.device, machine.autocast()),
-        }
-        checkpoint.save_json(output / "result.json", result)
+        dearer = cost_of_distillation(step_module, teacher, loader, optimizer, machine) - 1
+        cost += dearer * distilled_steps / total_steps
+    result = {
+        **at["metrics"],
+        "dataset": args.dataset,
+        "detector": args.detector,
+        "split": args.split,
+        "test_images": len(test_set),
+        "train_images": len(train_set),
+        "epochs": args.epochs,
+        "seconds": at["seconds"],
+        "cost": cost,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "ms_per_image": ms_per_image,
+    }
+    machine.alone(checkpoint.save_json, output / "result.json", result)
     return machine.shared(result)  # the others wait here
-
-
-def cost_of_distillation(step, teacher, loader, optimizer, machine):
-    """How many plain steps a distillation step costs: a ratio of medians, the two kinds taking turns.
-
-    Nothing is learnt in these steps: the run is over, and its weights are saved.
-    """
-    seconds = {True: [], False: []}
-    step.adapters.requires_grad_(True)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for batch in loader:
-        images, targets = to_device(*batch, machine.device)
-        for with_teacher in (True, False):
-            machine.wait()
-            started = time.perf_counter()
-            with machine.autocast():
-                detection, distillation, _ = step(images, targets, teacher if with_teacher else None)
-            optimizer.zero_grad()
-            sum([*detection.values(), *distillation.values()]).backward()
-            optimizer.step()
-            machine.wait()
-            seconds[with_teacher].append(time.perf_counter() - started)
-    return median(seconds[True]) / median(seconds[False])
 
 
 def read_run(output, settings, say):
@@ -350,35 +332,15 @@ def measure(model, args, test_set, machine):
         return evaluate(model, test_set, machine.device, args.dataset == "voc", args.batch_size, args.workers, progress)
 
 
-def means_of(sums, count, machine):
-    """The means of some terms over `count` steps and over all processes: {name: tensor} -> {name: float}."""
-    values = machine.average(torch.stack([value.float() for value in sums.values()]) / count)
+def means_of(sums, counts, machine):
+    """The means of some terms over the steps that had them, and over all processes: {name: float}."""
+    values = machine.average(torch.stack([sums[name].float() / counts[name] for name in sums]))
     return {name: round(value, 5) for name, value in zip(sums, values.tolist(), strict=True)}
 
 
 def record(output, line, machine):
     """Adds a line to log.jsonl, once."""
-    if machine.main:
-        append_line(output / "log.jsonl", line)
-
-
-def report(data, machine):
-    """One line on the data, and one on what was left out of it."""
-    train_set, test_set = data
-    threads = f"{torch.get_num_threads()} threads" if machine.device.type == "cpu" else machine.device
-    machine.say(
-        f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes; "
-        f"{machine.world} x {machine.device.type} ({threads}), {machine.amp} autocast, torch {torch.__version__}"
-    )
-    for name, source in (("training", train_set), ("test", test_set)):
-        dropped = getattr(source, "dropped", [])
-        if dropped:
-            machine.say(
-                f"Boxes of no area or outside were dropped in {len(dropped)} {name} images: {', '.join(dropped[:5])}"
-            )
-        unused = getattr(source, "unused", [])
-        if unused:
-            machine.say(f"Classes without a box among the {name} images: {', '.join(unused)}")
+    machine.alone(append_line, output / "log.jsonl", line)
 
 
 if __name__ == "__main__":

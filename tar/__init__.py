@@ -10,6 +10,11 @@ class UserError(Exception):
     code = 2  # the program's exit code
     once = False  # whether all processes of a run raise it, and one says so
 
+    def for_all(self):
+        """The same error, said by one process though all raise it."""
+        self.once = True
+        return self
+
 
 def one_line(error):
     """An exception's text on one line, its type where it has none."""

@@ -1,8 +1,9 @@
-"""--check-data: reads a data set whole, before a training finds out in its third epoch."""
+"""What is in a data set: a line or two before each training; all of it, image by image, for --check-data."""
 
 from collections import Counter
 from statistics import median
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tar import UserError
@@ -79,3 +80,22 @@ def check(source, title, machine, workers=0):
     for text in broken:
         machine.say(f"  cannot be used: {text}")
     return len(broken)
+
+
+def report(data, machine):
+    """One line on the data, and one on what was left out of it."""
+    train_set, test_set = data
+    threads = f"{torch.get_num_threads()} threads" if machine.device.type == "cpu" else machine.device
+    machine.say(
+        f"{len(train_set)} training and {len(test_set)} test images, {len(train_set.classes)} classes; "
+        f"{machine.world} x {machine.device.type} ({threads}), {machine.amp} autocast, torch {torch.__version__}"
+    )
+    for name, source in (("training", train_set), ("test", test_set)):
+        dropped = getattr(source, "dropped", [])
+        if dropped:
+            machine.say(
+                f"Boxes of no area or outside were dropped in {len(dropped)} {name} images: {', '.join(dropped[:5])}"
+            )
+        unused = getattr(source, "unused", [])
+        if unused:
+            machine.say(f"Classes without a box among the {name} images: {', '.join(unused)}")

@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, enough to rebuild the detector."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -76,9 +77,12 @@ def _write(path, write, mode, keep=None):
         if keep and Path(path).exists():
             os.replace(path, keep)
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); what was there is kept") from error
+    except (OSError, RuntimeError) as error:  # torch.save turns an error in the middle of a file into its own
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__
+        reason = cause.strerror if isinstance(cause, OSError) else one_line(error)
+        raise UserError(f"{path}: cannot be written ({reason}); what was there is kept") from error
 
 
 def load(path):
@@ -117,7 +121,11 @@ def load_latest(folder, say):
         except UserError as error:
             if not previous.is_file():
                 raise UserError(f"{error}; remove it to start the run anew") from error
-            say(f"{error}: going on from {previous}")
+            state = load(previous)
+            say(f"{error}: going on from {previous}; the damaged file is kept as {last}.damaged")
+            with contextlib.suppress(FileNotFoundError):  # another process has done so
+                os.replace(last, f"{last}.damaged")
+            return state
     return load(previous) if previous.is_file() else None
 
 

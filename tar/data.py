@@ -7,6 +7,8 @@ wider than high, to group them), `dropped` (images with boxes that could not be 
 box) and `dataset` (COCO's own annotations).
 """
 
+import signal
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -152,7 +154,14 @@ def make_loader(source, train, batches, seed=0, workers=0, pin_memory=False):
         num_workers=workers,
         collate_fn=_lists,
         pin_memory=pin_memory,
+        worker_init_fn=_deaf,
     )
+
+
+def _deaf(_):
+    """A loader process leaves signals to the training: torchrun and Ctrl-C send them to all, and a step is finished."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _lists(batch):

@@ -1,6 +1,6 @@
 """What a run does about steps that are not finite, and about being told to stop."""
 
-import os
+import math
 import signal
 
 import torch
@@ -16,8 +16,11 @@ class Diverged(UserError):
     code, once = 3, True
 
 
-class Stopped(UserError):
-    """The run was told to stop and has saved its state; exit code 128 + the signal's number, as shells count."""
+class Stopped(BaseException):
+    """The run was told to stop and has saved its state; exit code 128 + the signal's number, as shells count.
+
+    No Exception: what handles a broken file must not take it for one.
+    """
 
     once = True
 
@@ -51,11 +54,16 @@ class Guard:
             for p in self.parameters:
                 optimizer.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
 
+    @staticmethod
+    def poisoned(loss):
+        """The loss itself; one that is not finite as NaN times the weights, for its gradient may be finite."""
+        return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+
     def step(self, loss, clip_grad=0.0):
         """Applies the gradients, unless they are not finite.
 
         Args:
-            loss: of this step, a scalar tensor.
+            loss: of this step, a scalar tensor; its gradient was taken of poisoned(loss).
             clip_grad: largest norm of the gradient; 0: no limit.
 
         Returns:
@@ -78,7 +86,8 @@ class Guard:
         self.scaler.update()
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(torch.where(bad, kept, buffer))
-        torch._foreach_copy_(self.kept, self.buffers)
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
         self.streak = (self.streak + 1) * bad
         self.longest = torch.maximum(self.longest, self.streak)
         self.total = self.total + bad
@@ -102,21 +111,22 @@ def diverged(history, source, epoch, step, output, machine):
     wrong, images = next((pair for pair in found if pair[0]), ("the gradient alone", "; ".join(i for _, i in found)))
     return Diverged(
         f"stopped at step {step}: steps in a row were not finite, first {wrong}, on {images}; none was applied. "
-        f"Try a lower --lr, --clip-grad 10 or --amp none; look at these images; {output} is sound up to its checkpoint"
+        f"Try a lower --lr, --clip-grad 10 or --amp none in a new --output; look at these images; {output} is sound up "
+        "to its checkpoint"
     )
 
 
 class StopSignals:
     """SIGTERM and SIGINT, as clusters and keyboards send them: they raise Stopped, which ends the program in a line.
 
-    While `patient` is set they are only noted: the training loop finishes its step, saves and raises itself.
+    While `patient` is set the first is only noted: the training loop finishes its step, saves and raises itself.
 
     Attributes:
         received: the number of the last signal, or None.
     """
 
     def __init__(self):
-        self.received, self.patient, self.owner = None, False, os.getpid()
+        self.received, self.patient = None, False
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self._take) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -127,12 +137,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _take(self, number, _):
-        if os.getpid() != self.owner:  # a loader process: its parent decides, unless the parent itself ends it
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
-            return
-        self.received = number
-        if not self.patient:
+        again, self.received = self.received is not None, number
+        if again or not self.patient:
             raise self.stopped("stopped between two steps")
 
     def stopped(self, text):

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tar import UserError, one_line
@@ -41,7 +42,7 @@ class Machine:
         """Rank 0's value, on every process: for what is measured, and so differs from process to process."""
         box = [value]
         if self.world > 1:
-            dist.broadcast_object_list(box, 0)
+            dist.broadcast_object_list(box, 0, self.control)
         return box[0]
 
     def gathered(self, value):
@@ -78,6 +79,30 @@ class Machine:
         if error:
             raise error
         return value if self.main else call(*args, **kwargs)
+
+    def alone(self, call, *args, **kwargs):
+        """A call by rank 0 only, which all others wait for; if it fails, none goes on."""
+        error = None
+        if self.main:
+            try:
+                call(*args, **kwargs)
+            except UserError as raised:
+                error = raised
+        if self.any(error is not None) and not self.main:
+            raise SystemExit(2)  # rank 0 says why
+        if error:
+            raise error
+
+    def parallel(self, module):
+        """A module whose gradients are averaged over all processes.
+
+        Looking for unused parameters keeps DDP from rearranging its sums after the first step, so that a run that
+        goes on adds in the order of one that was left alone. Of two numbers the order does not matter, and on GPUs
+        the walk through the graph is not worth it.
+        """
+        if self.world == 1:
+            return module
+        return DistributedDataParallel(module, find_unused_parameters=self.device.type == "cpu" and self.world > 2)
 
     def autocast(self):
         """The context in which convolutions run in the chosen type."""
@@ -130,8 +155,12 @@ def set_up(device="auto", amp="auto", threads=0):
     except RuntimeError as error:
         raise UserError(f"--device {device}: not to be had here ({one_line(error)})") from None
     if together:  # two hours: the others wait while rank 0 downloads
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-        rank, world = dist.get_rank(), dist.get_world_size()
+        limit = timedelta(hours=2)
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun may keep the store of a group that it starts again: no addresses of the dead must be found there
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
         control = dist.new_group(backend="gloo")
     if threads:
         torch.set_num_threads(threads)

@@ -17,6 +17,7 @@ DISTILLATION = (
     *("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay"),
     *("decay_end", "proposals", "no_sharing", "soft_labels", "background_weight", "inherit", "teacher_epochs"),
 )
+ENDLESS = ("none", "step")  # decays that do not reach 0
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 TABLE_DATASETS = {"voc": "voc", "coco": "coco", "retinanet": "coco"}  # of the paper's tables; of the others: shapes
 TABLES = ("shapes", "voc", "coco", "retinanet", "masks", "sigma2", "decay", "gates", "proposals")
@@ -62,7 +63,7 @@ def parser():
     )
     text = "what to measure on; val: to tune (voc: train list against val list; shapes: other images; coco: none)"
     g.add_argument("--split", choices=("test", "val"), default="test", help=text)
-    text = "read the whole data set, print what is in it and what is wrong with it, and train nothing"
+    text = "read every image of the data set, print what is in it and which cannot be used, and train nothing"
     g.add_argument("--check-data", action="store_true", help=text)
     recipe(
         g, "--size", "shorter side, and limit of the longer, pixels", nargs=2, type=_positive, metavar=("MIN", "MAX")
@@ -202,7 +203,7 @@ def parse(argv=None):
     if args.detector == "retinanet":  # its pyramid starts at twice the stride; torchvision's own rate is half as high
         recipe["anchor_scale"] //= 2
         recipe["lr"] /= 2 if getattr(args, "optimizer", recipe["optimizer"]) == "sgd" else 1
-    if args.decay == "none":  # it has no end
+    if args.decay in ENDLESS:
         recipe["decay_end"] = 1.0
     for name, value in recipe.items():
         if not hasattr(args, name):
@@ -250,7 +251,10 @@ def complaint(args):
             given and args.student and not (args.teacher or args.table),
             f"{given and given[0]} needs --teacher BACKBONE: nothing is distilled without",
         ),
-        (args.decay == "none" and args.decay_end < 1, f"--decay-end {args.decay_end}: there is no decay that ends"),
+        (
+            args.decay in ENDLESS and args.decay_end < 1,
+            f"--decay-end {args.decay_end}: --decay {args.decay} never reaches 0",
+        ),
         (retinanet and args.proposals != "student", f"--proposals {args.proposals}: {anchors}; there are no proposals"),
         (retinanet and args.no_sharing, f"--no-sharing: {anchors}; there is nothing else to answer for"),
         (

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from tar import UserError, checkpoint
+from tar.options import DISTILLATION
 
 # Flags that do not change what a run computes.
 INCIDENTAL = {
@@ -16,6 +17,7 @@ INCIDENTAL = {
     "download",
     "log_every",
     "save_every",
+    "max_bad_steps",
     "check_data",
     "no_backbone",
     "no_cls",
@@ -25,18 +27,7 @@ INCIDENTAL = {
     "seeds",
 }
 # Flags that mean nothing to some runs.
-DISTILLATION = {"teacher", "teacher_weights", "weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2"}
-DISTILLATION |= {
-    "cls_gate",
-    "reg_gate",
-    "decay",
-    "decay_end",
-    "proposals",
-    "no_sharing",
-    "soft_labels",
-    "background_weight",
-}
-DISTILLATION |= {"inherit", "teacher_epochs"}
+TEACHING = {"teacher", "teacher_weights", *DISTILLATION}
 FILES = {  # flags of each data set
     "shapes": set(),
     "voc": {"data_path", "voc_years"},
@@ -57,7 +48,7 @@ def teacher_of(args):
 
 def settings_of(args, machine):
     """Everything that decides what a run computes: {flag: plain value}."""
-    left_out = INCIDENTAL | (set() if args.teacher else DISTILLATION)
+    left_out = INCIDENTAL | (set() if args.teacher else TEACHING)
     left_out |= set().union(*FILES.values()) - FILES[args.dataset]
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
     return {**settings, "amp": machine.amp, "images_per_step": args.batch_size * machine.world}
@@ -88,6 +79,8 @@ def find_run(output, settings):
     if not config.is_file():
         return None
     before = read_json(config)
+    if not isinstance(before, dict):
+        raise UserError(f"{config}: holds no settings of a run; give another --output, or remove it")
     other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
     if other:
         shown = ", ".join(f"{k} {before.get(k)} (now {settings.get(k)})" for k in other[:3])
@@ -115,8 +108,11 @@ def read_json(path):
 
 def append_line(path, value):
     """Adds one value to a file of JSON lines."""
-    with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(value) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); the run's checkpoint is kept") from None
 
 
 def trim_log(path, step, measured):

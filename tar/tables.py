@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 from tar import UserError, checkpoint
 from tar.options import DISTILLATION, LEVELS, complaint, parse, parser
+from tar.recipes import RECIPES
 from tar.runs import changed, read_json, teacher_of
 
 PLAIN, TEACHER, DISTILLED, EQUAL = "plain", "teacher", "distilled", "equal cost"
@@ -58,8 +59,8 @@ ROWS = {
     ),
     "decay": (
         ("student, no distillation", PLAIN, None),
-        *((f"all three levels, decay {d}", {"decay": d}, None) for d in ("linear", "cosine", "step")),
-        ("all three levels, decay none", CONSTANT, None),
+        *((f"all three levels, decay {d}", {"decay": d}, None) for d in ("linear", "cosine")),
+        *((f"all three levels, decay {d}", {**CONSTANT, "decay": d}, None) for d in ("step", "none")),
         ("teacher", TEACHER, None),
     ),
     "gates": (
@@ -104,7 +105,8 @@ class Row:
         if self.kind == TEACHER:
             args = teacher_of(args)
         alone = {"teacher": None, "teacher_weights": None, "epochs": epochs or args.epochs}
-        return changed(args, **alone, **{name: getattr(parse([]), name) for name in DISTILLATION})
+        usual = {**vars(parse([])), **RECIPES[args.recipe or args.dataset]}
+        return changed(args, **alone, **{name: usual[name] for name in DISTILLATION})
 
 
 def rows_of(args, parent):

@@ -127,7 +127,7 @@ def read_annotation(file):
         corners = [[float(o.findtext(f"bndbox/{c}")) for c in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
     except FileNotFoundError:
         raise UserError(f"{file}: no such annotation") from None
-    except (OSError, ElementTree.ParseError, TypeError, ValueError) as error:
+    except (LookupError, OSError, ElementTree.ParseError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not a VOC annotation ({error})") from None
     boxes = np.array(corners, dtype=np.float32).reshape(-1, 4) - np.array([1, 1, 0, 0], dtype=np.float32)
     boxes[~np.isfinite(boxes).all(1)] = 0  # no area: dropped

@@ -223,6 +223,7 @@ for title, how, says in (
     ("XML of bytes that are no text", raw(xml_of, bytes(range(128, 256))), "000000.xml"),
     ("an entity bomb", raw(xml_of, BOMB), "000000.xml"),
     ("an entity that reads another file", raw(xml_of, OUTSIDE), "000000.xml"),
+    ("XML in an unknown encoding", raw(xml_of, b"<?xml version='1.0' encoding='foo'?><annotation/>"), "000000.xml"),
     ("XML without a size", xml("<width>96</width>", ""), "000000.xml"),
     ("XML of an image of size 0", xml("<width>96</width>", "<width>0</width>"), "000000.xml"),
     ("XML of an image of size NaN", xml("<width>96</width>", "<width>nan</width>"), "000000.xml"),
@@ -433,6 +434,13 @@ def _(folder):
 def _(folder):
     (folder / "old").mkdir()
     (folder / "old/config.json").write_text('{"lr": ')
+    return ["--output", folder / "old"]
+
+
+@case("an output folder with a config.json that is a list", "config.json")
+def _(folder):
+    (folder / "old").mkdir()
+    (folder / "old/config.json").write_text("[1, 2]")
     return ["--output", folder / "old"]
 
 

@@ -3,10 +3,11 @@
     python tests/parallel_equality.py [--processes 1 2 4] [--sync-bn]
 
 Prints the largest relative difference, |g_N - g_1| / |g_1| over all parameters, for every loss term of both detectors
-and for three batches of four images. Region sampling is made fixed: the first regions of each kind instead of random
-ones, and so many are asked for that each image has another number. All is computed in double precision: in single, a
-sum in another order lets a unit near zero be on or off, and that is a difference as large as a mistake. Batch norm is
-frozen, as with ImageNet weights; with --sync-bn, on GPUs, it is trained and shared.
+and for three batches of four images of one size (a batch is padded to its own largest image, so that a small one among
+large ones sees another border). Region sampling is made fixed: the first regions of each kind instead of random ones,
+and so many are asked for that each image has another number. All is computed in double precision: in single, a sum in
+another order lets a unit near zero be on or off, and that is a difference as large as a mistake. Batch norm is frozen,
+as with ImageNet weights; with --sync-bn, on GPUs, it is trained and shared.
 """
 
 import argparse

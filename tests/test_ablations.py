@@ -372,7 +372,7 @@ PAIR = "--student r10 --teacher r18"
         ("--student r10 --teacher-weights coco", "needs --teacher BACKBONE"),
         ("--student r10 --proposals both", "--proposals needs --teacher BACKBONE"),
         ("--student r10 --decay-end 0.25", "--decay-end needs --teacher BACKBONE"),
-        (f"{PAIR} --no-decay --decay-end 0.25", "--decay-end 0.25: there is no decay that ends"),
+        (f"{PAIR} --no-decay --decay-end 0.25", "--decay-end 0.25: --decay none never reaches 0"),
         (f"{PAIR} --decay-end 1.5", "'1.5' is not a number above 0 and up to 1"),
         (f"{PAIR} --decay-end 0", "'0' is not a number above 0 and up to 1"),
         ("--student r10 --inherit", "--inherit needs --teacher BACKBONE"),

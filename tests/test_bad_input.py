@@ -21,10 +21,6 @@ def test_input_trains_or_is_refused_in_a_line(sound, tmp_path, name):
     assert good, text
 
 
-def test_there_are_enough_cases():
-    assert len(bad_input.CASES) >= 50
-
-
 # Pixels
 
 

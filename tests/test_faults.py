@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,16 @@ import time
 
 import pytest
 import torch
+from bad_input import flip
 from fault_injection import COMMON, ROOT, inject, same, weights
 from tiny_runs import SMALL, call, read_log, read_result
 from torch import nn
 
 import train
 from tar import UserError, checkpoint
-from tar.faults import Guard
+from tar.faults import Guard, Stopped
+from tar.images import read_image
+from tar.models import build_backbone
 
 CPU = torch.device("cpu")
 
@@ -47,15 +51,22 @@ def test_runs_killed_at_a_step_inside_a_write_and_between_two_names_end_equal(fl
     assert [(starts, equal) for _, starts, equal in rows] == [(2, True)] * 3
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_step_saves_and_ends_with_its_code(flags, alone, tmp_path, number, code):
+def test_a_process_that_is_killed_under_torchrun_is_started_again_and_ends_equal(flags, tmp_path):
+    [(_, starts, equal)] = inject(tmp_path, flags, ["step 6 0"], processes=2, say=lambda _: None)
+    assert starts == 1 and equal
+
+
+@pytest.mark.parametrize(("number", "code", "workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)])
+def test_a_signal_to_all_processes_ends_the_step_saves_and_ends_with_its_code(
+    flags, alone, tmp_path, number, code, workers
+):
     run = tmp_path / "run"
-    words = [sys.executable, "train.py", *flags, "--log-every", "1", "--output", str(run)]
-    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "train.py", *flags, "--workers", str(workers), "--log-every", "1", "--output", str(run)]
+    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     limit = time.monotonic() + 60
     while not (run / "log.jsonl").exists() and time.monotonic() < limit:
         time.sleep(0.01)
-    running.send_signal(number)
+    os.killpg(running.pid, number)
     _, error = running.communicate(timeout=60)
     assert running.returncode == code and "the same command goes on" in error.splitlines()[-1]
     assert "Traceback" not in error
@@ -86,16 +97,6 @@ def interrupted(flags, folder, after):
         patch.setattr(train, "learning_rate", stop)
         with pytest.raises(KeyboardInterrupt):
             call(train.main, *flags, "--output", folder)
-
-
-def flip(path):
-    """Flips one bit in the middle of the largest tensor."""
-    state = torch.load(path, weights_only=True)
-    name = max(state["model"], key=lambda k: state["model"][k].numel())
-    inner = bytes(state["model"][name].untyped_storage()[400:440])
-    whole = bytearray(path.read_bytes())
-    whole[whole.index(inner) + 7] ^= 16
-    path.write_bytes(whole)
 
 
 def cut(path):
@@ -140,6 +141,29 @@ def test_a_full_disk_loses_no_earlier_checkpoint(flags, alone, tmp_path, capsys)
     assert {name: (run / name).read_bytes() for name in before} == before
     call(train.main, *flags, "--output", run)
     assert same(weights(run), weights(alone))
+
+
+def test_a_disk_that_fills_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
+    state = {"model": {"w": torch.zeros(200_000)}, "build": {}, "classes": [], "settings": {}}
+    checkpoint.save(tmp_path / "last.pth", state)
+    before = (tmp_path / "last.pth").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=f"last.pth: cannot be written .{os.strerror(errno.EFBIG)}"):
+            checkpoint.save(tmp_path / "last.pth", state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"] and (tmp_path / "last.pth").read_bytes() == before
+
+
+def test_being_told_to_stop_is_not_taken_for_a_broken_image(monkeypatch, tmp_path):
+    def stop(*_):
+        raise Stopped("stopped", 15)
+
+    monkeypatch.setattr("PIL.Image.open", stop)
+    with pytest.raises(Stopped):
+        read_image(tmp_path / "a.jpg")
 
 
 def test_every_value_of_a_checkpoint_counts_in_its_digest():
@@ -193,6 +217,33 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer, where):
     clean = {k: v for k, v in clean.items() if "num_batches" not in k}
     assert all(torch.equal(mixed[k], v) for k, v in clean.items())
     assert guard.total == 2 and guard.streak == (2 if where == 3 else 0)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is(optimizer, scaled):
+    net, optimizer = small_net(optimizer)
+    guard = Guard(net, optimizer, torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled), CPU)
+    before = {k: v.clone() for k, v in net.state_dict().items() if "num_batches" not in k}
+    loss = nn.functional.smooth_l1_loss(net(torch.ones(4, 1, 4, 4)), torch.full((4, 1), float("inf")))
+    assert torch.isinf(loss)
+    guard.scaler.scale(guard.poisoned(loss)).backward()
+    assert guard.step(loss) and guard.total == 1
+    after = net.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_an_overflow_of_fp16_counts_only_where_the_scale_can_fall_no_further():
+    net, optimizer = small_net(torch.optim.SGD)
+    guard = Guard(net, optimizer, torch.amp.GradScaler("cpu", init_scale=4.0), CPU)
+    bad = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        for p in net.parameters():
+            p.grad = torch.full_like(p, float("inf"))
+        guard.scaler.scale(torch.ones(()))  # as a step does
+        bad.append(bool(guard.step(torch.tensor(1.0))))
+    assert bad == [False, False, True, True]  # at scales 4, 2, 1, 0.5
 
 
 def test_a_gradient_is_clipped_to_its_norm():
@@ -273,3 +324,20 @@ def test_the_same_command_gives_the_same_figures_with_and_without_loader_process
     assert one == other and json.dumps(one) == json.dumps(other)
     assert same(weights(alone), weights(tmp_path / "again"))
     shutil.rmtree(tmp_path / "again")
+
+
+@pytest.mark.parametrize("more", [["--optimizer", "sgd", "--lr", "0.01", "--clip-grad", "5"], ["--decay-end", "0.6"]])
+def test_other_optimizers_and_ends_of_the_decay_go_on_to_the_same_weights(flags, tmp_path, more):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    call(train.main, *flags, *more, "--output", whole)
+    interrupted([*flags, *more], run, 8)
+    call(train.main, *flags, *more, "--output", run)
+    assert same(weights(run), weights(whole))
+
+
+@pytest.mark.parametrize("detector", ["faster-rcnn", "retinanet"])
+def test_a_backbone_with_frozen_batch_norm_trains(tmp_path, detector):
+    torch.save(build_backbone("r10", "none", "batch").state_dict(), tmp_path / "r10.pth")
+    flags = ["--student", "r10", "--backbone-weights", tmp_path / "r10.pth", "--detector", detector]
+    call(train.main, *SMALL, *flags, "--output", tmp_path / "run")
+    assert read_result(tmp_path / "run")["epochs"] == 2
