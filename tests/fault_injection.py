@@ -106,20 +106,23 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
-def inject(parent, flags, chosen, processes=1, say=print):
+def inject(parent, flags, chosen, processes=1, say=print, alone=None):
     """Kills a run at each of some points.
 
     Args:
         parent: an empty folder.
         flags: of train.py.
         chosen: points, see PROGRAM.
+        alone: folder of a run that was left alone; None: done here.
 
     Returns:
         (point, starts of the command that it took, whether it ended equal to a run left alone) for each.
     """
-    alone, rows = parent / "alone", []
-    done = run(alone, flags, parent / "never", processes)
-    assert done.returncode == 0, done.stderr
+    rows = []
+    if alone is None:
+        alone = parent / "alone"
+        done = run(alone, flags, parent / "never", processes)
+        assert done.returncode == 0, done.stderr
     for number, what in enumerate(chosen):
         folder, point = parent / f"run{number}", parent / f"point{number}"
         point.write_text(what)

@@ -107,7 +107,7 @@ def gradients(kind, has_boxes, rank, world, device, sync_bn):
     return {name: gradient.cpu() for name, gradient in found.items()}
 
 
-def work(rank, processes, folder, sync_bn):
+def work(rank, processes, folder, sync_bn, batches):
     """What one process does of each size of group that it belongs to."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
@@ -122,7 +122,7 @@ def work(rank, processes, folder, sync_bn):
         found = {
             (kind, name): gradients(kind, has, rank, world, device, sync_bn)
             for kind in DETECTORS
-            for name, has in BATCHES.items()
+            for name, has in batches.items()
         }
         if rank == 0:
             torch.save(found, f"{folder}/{world}.pth")
@@ -130,11 +130,11 @@ def work(rank, processes, folder, sync_bn):
             dist.destroy_process_group()
 
 
-def table(processes, sync_bn=False):
+def table(processes, sync_bn=False, batches=BATCHES):
     """{(processes, detector, batch, term): (relative difference, whether the gradient is not zero)}."""
     rows, sizes = {}, sorted({1, *processes})
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (sizes, folder, sync_bn), nprocs=sizes[-1])
+        torch.multiprocessing.spawn(work, (sizes, folder, sync_bn, batches), nprocs=sizes[-1])
         found = {n: torch.load(f"{folder}/{n}.pth", weights_only=True) for n in sizes}
     for world in processes:
         for (kind, name), terms in found[world].items():

