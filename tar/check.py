@@ -44,6 +44,7 @@ def check(source, title, machine, workers=0):
     Args:
         source: of tar.data, with `sizes`.
         title: what it is, for the headline.
+        workers: loader processes.
 
     Returns:
         the number of images that cannot be read.

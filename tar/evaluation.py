@@ -231,8 +231,12 @@ def cost_of_distillation(step, teacher, loader, optimizer, machine):
         step: a tar.distill.Step.
         loader: of the batches to time, each once of both kinds.
         optimizer: of what the step trains; its learning rate is set to 0.
+
+    Returns:
+        the ratio, a float.
     """
     seconds = {True: [], False: []}
+    step.train()
     step.adapters.requires_grad_(True)
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -56,7 +56,7 @@ class Guard:
 
     @staticmethod
     def poisoned(loss):
-        """The loss itself; one that is not finite as NaN times the weights, for its gradient may be finite."""
+        """The loss itself where it is finite; else NaN with gradients of NaN, for its own gradients may be finite."""
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
     def step(self, loss, clip_grad=0.0):

@@ -146,6 +146,19 @@ def test_another_student_uses_the_teacher_that_is_there(voc, capsys):
     assert [p for p in voc.run.parent.iterdir() if "r18" in p.name] == [voc.teacher]
 
 
+def test_the_cost_of_a_distillation_is_that_of_training_steps_in_turns(voc, work, monkeypatch):
+    steps, original = [], train.Step.forward
+
+    def forward(self, images, targets, teacher):
+        steps.append((self.training and self.student.training, teacher is not None))
+        return original(self, images, targets, teacher)
+
+    monkeypatch.setattr(train.Step, "forward", forward)
+    call(train.main, *voc.flags, "--output", work / "voc/timed")
+    assert steps == [(True, True)] * STEPS + [(True, True), (True, False)] * 3  # 3 batches
+    assert read_result(work / "voc/timed")["cost"] > 1
+
+
 def test_after_the_end_of_the_decay_the_teacher_is_not_asked(voc, work, monkeypatch):
     asked, original = [], train.Step.forward
 
