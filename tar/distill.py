@@ -83,7 +83,7 @@ class Step(nn.Module):
             seen: {name: scalar without gradient}: positives of this process; gate_open, the share of all processes'
                 positives that the gate lets through.
         """
-        student, levels, distillation, seen = self.student, self.levels, {}, {}
+        student, levels = self.student, self.levels
         images, targets = student.transform(images, targets)
         pixels = images.tensors.contiguous(memory_format=torch.channels_last)
         features = student.backbone(pixels)
@@ -96,16 +96,32 @@ class Step(nn.Module):
         if teacher is None:
             return detection, {}, {}
 
+        wanted, adapted = list(teacher_features.values()), []
         if levels.backbone > 0:
             adapted = [adapt(f).float() for adapt, f in zip(self.adapters, features.values(), strict=True)]
-            wanted = list(teacher_features.values())
+        return detection, *self.terms(images, targets, adapted, wanted, shared)
+
+    def terms(self, images, targets, adapted, wanted, shared):
+        """The three losses, from what both models have answered.
+
+        Args:
+            images, targets: after the student's transform.
+            adapted, wanted: lists of L float [B, C, H_l, W_l], the student's features after the adapters (empty where
+                the backbone level is off) and the teacher's.
+            shared: Shared, or None where both other levels are off.
+
+        Returns:
+            distillation, seen: as forward().
+        """
+        levels, distillation, seen = self.levels, {}, {}
+        if levels.backbone > 0:
             anchors = None
             if levels.mask == "fine-grained":
-                anchors = anchor_generator(student)(images, wanted)
-            where = masks.pyramid_masks(targets, wanted, student.strides, levels.mask, levels.sigma2, anchors)
+                anchors = anchor_generator(self.student)(images, wanted)
+            where = masks.pyramid_masks(targets, wanted, self.student.strides, levels.mask, levels.sigma2, anchors)
             cells = over_processes(sum(m.sum() for m in where))
             distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
-        if asks_heads:
+        if shared is not None:
             positive = shared.label > 0
             count = over_processes(positive.sum(), least=1.0)  # K
             soft = shared.logits, shared.teacher_logits
@@ -123,7 +139,7 @@ class Step(nn.Module):
                 distillation["distill_reg"] = regression_loss(mine, taught, gate, count)
                 seen["gate_open"] = over_processes(gate.sum()) / count
             seen["positives"] = positive.sum().float()
-        return detection, distillation, seen
+        return distillation, seen
 
 
 @dataclass
