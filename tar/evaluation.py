@@ -114,26 +114,8 @@ def coco_metrics(results, classes, source=None):
         {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large": percent or None,
          "per_class": {name: {"AP": percent or None, "AP50": ...}}}.
     """
-    image_id, category_id, truth, found = int, int, [], []
-    if source is not None:  # our index and label back to the file's ids
-        image_id, category_id = lambda i: source.samples[i][0], lambda label: source.category_ids[label - 1]
-    for r in results:
-        rows = zip(r["gt_boxes"].tolist(), r["gt_labels"].tolist(), r["gt_ignored"].tolist(), strict=True)
-        truth += [_coco_box(r["image_id"], label, box, crowd) for box, label, crowd in rows]
-        rows = zip(r["boxes"].tolist(), r["labels"].tolist(), r["scores"].tolist(), strict=True)
-        where = image_id(r["image_id"])
-        found += [{**_coco_box(where, category_id(label), box, 0), "score": score} for box, label, score in rows]
-    images = [{"id": image_id(r["image_id"])} for r in results]
-    categories = [{"id": category_id(label), "name": name} for label, name in enumerate(classes, 1)]
+    run = COCOeval(*coco_pair(results, classes, source), iouType="bbox")
     with contextlib.redirect_stdout(io.StringIO()):
-        pair = []
-        for annotations in (truth if source is None else source.dataset["annotations"], found):
-            coco = COCO()
-            annotations = [{**a, "id": number} for number, a in enumerate(annotations, 1)]
-            coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
-            coco.createIndex()
-            pair.append(coco)
-        run = COCOeval(*pair, iouType="bbox")
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -145,6 +127,30 @@ def coco_metrics(results, classes, source=None):
         known = precision[:, :, k]
         per_class[name] = {"AP": _percent(known.mean()), "AP50": _percent(known[0].mean())}
     return {**metrics, "per_class": per_class}
+
+
+def coco_pair(results, classes, source=None):
+    """Ground truth and detections as pycocotools wants them; arguments as coco_metrics."""
+    image_id, category_id, truth, found = int, int, [], []
+    if source is not None:  # our index and label back to the file's ids
+        image_id, category_id = lambda i: source.samples[i][0], lambda label: source.category_ids[label - 1]
+    for r in results:
+        rows = zip(r["gt_boxes"].tolist(), r["gt_labels"].tolist(), r["gt_ignored"].tolist(), strict=True)
+        truth += [_coco_box(r["image_id"], label, box, crowd) for box, label, crowd in rows]
+        rows = zip(r["boxes"].tolist(), r["labels"].tolist(), r["scores"].tolist(), strict=True)
+        where = image_id(r["image_id"])
+        found += [{**_coco_box(where, category_id(label), box, 0), "score": score} for box, label, score in rows]
+    images = [{"id": image_id(r["image_id"])} for r in results]
+    categories = [{"id": category_id(label), "name": name} for label, name in enumerate(classes, 1)]
+    pair = []
+    for annotations in (truth if source is None else source.dataset["annotations"], found):
+        coco = COCO()
+        annotations = [{**a, "id": number} for number, a in enumerate(annotations, 1)]
+        coco.dataset = {"images": images, "annotations": annotations, "categories": categories}
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        pair.append(coco)
+    return pair
 
 
 def _coco_box(image, category, box, crowd):

@@ -1,0 +1,232 @@
+"""What tar/bench.py times: one training step by torchvision's stock detector, by ours, and by a naive framework.
+
+All start from the same weights, see the same images and boxes and sample the same regions; nothing is learnt (the
+learning rate is 0), so that every round is the same work.
+"""
+
+import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from tar.distill import Levels, Step, box_head, faster_rcnn, region_proposals, retinanet
+from tar.models import BACKBONES, build_backbone, build_detector
+
+CLASSES = 20
+STOCK, PLAIN, TAR, FLOOR = "stock", "plain", "tar", "floor"
+
+
+def draw_batch(count, height, width, seed=0):
+    """Images and boxes of a photograph's size and texture: soft blobs, fine noise, two to nine boxes each.
+
+    Returns:
+        list of uint8 [3, height, width]; list of dicts: boxes float [N, 4] xyxy in pixels, labels int64 [N] from 1.
+    """
+    rng, images, targets = np.random.default_rng(seed), [], []
+    for _ in range(count):
+        blobs = torch.from_numpy(rng.uniform(0, 255, (1, 3, 9, 12)).astype(np.float32))
+        image = F.interpolate(blobs, (height, width), mode="bicubic")[0]
+        image = image + torch.from_numpy(rng.normal(0, 9, (3, height, width)).astype(np.float32))
+        images.append(image.clamp(0, 255).to(torch.uint8))
+        number = int(rng.integers(2, 10))
+        sides = np.exp(rng.uniform(np.log(0.08), np.log(0.7), (number, 2))) * [width, height]
+        corners = rng.uniform(0, 1, (number, 2)) * ([width, height] - sides)
+        boxes = torch.from_numpy(np.hstack([corners, corners + sides]).astype(np.float32))
+        targets.append({"boxes": boxes, "labels": torch.from_numpy(rng.integers(1, CLASSES + 1, number))})
+    return images, targets
+
+
+def calibrated(name, folder):
+    """A file of a backbone's weights, random, with the batch statistics of drawn images: its features neither grow
+    from block to block nor die, as they would if batch norm were frozen at its initial values."""
+    network = build_backbone(name, norm="batch")
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            module.momentum = None  # the statistics are those of one batch
+    images, _ = draw_batch(2, 160, 160)
+    with torch.no_grad():
+        network.train()(torch.stack(images).float() / 128 - 1)
+    torch.save(network.state_dict(), folder / f"{name}.pth")
+    return folder / f"{name}.pth"
+
+
+def stock_detector(args, backbone, state):
+    """torchvision's own detector as its reference script builds it, with our weights."""
+    first, extra = ([1, 2, 3, 4], None) if args.detector == "faster-rcnn" else ([2, 3, 4], LastLevelP6P7(256, 256))
+    body = resnet_fpn_backbone(
+        backbone_name=BACKBONES[backbone],
+        weights=None,
+        norm_layer=FrozenBatchNorm2d,
+        trainable_layers=3,
+        returned_layers=first,
+        extra_blocks=extra,
+    )
+    size = {"min_size": args.size[0], "max_size": args.size[1]}
+    if args.detector == "faster-rcnn":
+        model = FasterRCNN(body, CLASSES + 1, **size, box_batch_size_per_image=args.rois)
+    else:
+        model = RetinaNet(body, CLASSES + 1, **size)
+    model.load_state_dict(state)
+    return model
+
+
+def our_detector(args, backbone, file):
+    scale = 8 if args.detector == "faster-rcnn" else 4
+    size = {"min_size": args.size[0], "max_size": args.size[1], "anchor_scale": scale, "rois": args.rois}
+    return build_detector(args.detector, backbone, CLASSES, backbone_weights=str(file), **size)
+
+
+def sgd(module):
+    """SGD with momentum that moves nothing."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return partial(torch.optim.SGD, trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
+
+
+class Contestants:
+    """The models and the batch, and one method a kind of step.
+
+    Args:
+        args: of tar.bench.
+        machine: a tar.machine.Machine.
+    """
+
+    def __init__(self, args, machine):
+        self.args, self.machine, device = args, machine, machine.device
+        torch.manual_seed(args.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            student, teacher = (
+                our_detector(args, name, calibrated(name, Path(folder))) for name in (args.student, args.teacher)
+            )
+        self.stock = stock_detector(args, args.student, student.state_dict()).to(device).train()
+        self.stock_teacher = stock_detector(args, args.teacher, teacher.state_dict()).to(device).eval()
+        self.step = Step(student, Levels(), 256).to(device, memory_format=torch.channels_last).train()
+        self.teacher = teacher.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        machine.freeze(self.teacher)
+        self.stock_optimizer = sgd(self.stock)()
+        self.optimizer = sgd(self.step)(fused=True)
+        self.wrapped = machine.parallel(self.step)
+        images, targets = draw_batch(args.batch_size, *args.image, seed=args.seed + machine.rank)
+        self.images = [image.to(device).float() / 255 for image in images]
+        self.targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
+        self.prepared = None
+        self.ours(Levels())  # fused SGD wants all momenta to begin in the same step
+
+    def rows(self):
+        """{name: (what it is, a function that does one step)}."""
+        levels = {"backbone": "distill_backbone", "cls": "distill_cls", "reg": "distill_reg"}
+        off = dict.fromkeys(levels, 0.0)
+        single = {
+            f"{name} level": (f"our step, {name} level only", partial(self.ours, Levels(**{**off, name: 1.0})))
+            for name in levels
+        }
+        return {
+            STOCK: ("torchvision's student, float32, its own layout", self.stock_step),
+            "stock autocast": (f"the same under {self.machine.amp} autocast", partial(self.stock_step, True)),
+            PLAIN: ("our plain student step", partial(self.ours, None)),
+            TAR: ("our TAR step, all three levels", partial(self.ours, Levels())),
+            FLOOR: ("our plain step, the teacher's backbone and head on the same regions", self.floor),
+            **single,
+            "naive": ("stock step, the teacher's whole model(images), feature loss by hooks, float32", self.naive),
+            "naive equal": ("the same with our precision and layout", partial(self.naive, True)),
+            "adapters": ("of the TAR step: the adapters alone, forward and backward", self.adapters),
+            "terms": ("of the TAR step: masks, gate and losses alone, forward and backward", self.terms),
+        }
+
+    def learn(self, losses, optimizer):
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        return losses
+
+    def stock_step(self, autocast=False):
+        with self.machine.autocast() if autocast else nullcontext():
+            losses = self.stock(self.images, self.targets)
+        return self.learn(losses.values(), self.stock_optimizer)
+
+    def ours(self, levels):
+        self.step.levels = levels or Levels()
+        with self.machine.autocast():
+            detection, distillation, _ = self.wrapped(self.images, self.targets, self.teacher if levels else None)
+        return self.learn([*detection.values(), *distillation.values()], self.optimizer)
+
+    def naive(self, equal=False):
+        student, teacher = (self.step.student, self.teacher) if equal else (self.stock, self.stock_teacher)
+        seen = {}
+        hooks = [
+            model.backbone.register_forward_hook(lambda _, __, features, name=name: seen.update({name: features}))
+            for name, model in (("student", student), ("teacher", teacher))
+        ]
+        with self.machine.autocast() if equal else nullcontext():
+            losses = list(student(self.images, self.targets).values())
+            with torch.no_grad():
+                teacher(self.images)
+            losses += [F.mse_loss(mine, seen["teacher"][level]) for level, mine in seen["student"].items()]
+        for hook in hooks:
+            hook.remove()
+        return self.learn(losses, self.optimizer if equal else self.stock_optimizer)
+
+    def floor(self):
+        student, teacher = self.step.student, self.teacher
+        with self.machine.autocast():
+            images, targets = student.transform(self.images, self.targets)
+            pixels = images.tensors.contiguous(memory_format=torch.channels_last)
+            features = student.backbone(pixels)
+            with torch.no_grad():
+                taught = teacher.backbone(pixels)
+            if self.args.detector == "retinanet":
+                detection, _ = retinanet(student, features, images, targets)
+                with torch.no_grad():
+                    teacher.head(list(taught.values()))
+                return self.learn(detection.values(), self.optimizer)
+            heads, sizes = student.roi_heads, images.image_sizes
+            proposals, detection = region_proposals(student.rpn, images, features, targets)
+            regions, _, labels, deltas = heads.select_training_samples(proposals, targets)
+            answers = box_head(student, features, regions, sizes)
+            losses = fastrcnn_loss(*answers, labels, deltas)
+            with torch.no_grad():  # the positive ones: the soft labels are for them
+                box_head(teacher, taught, [r[y > 0] for r, y in zip(regions, labels, strict=True)], sizes)
+        return self.learn([*detection.values(), *losses], self.optimizer)
+
+    def prepare(self):
+        """What the adapters and the losses of a TAR step are given: tensors that end the graph."""
+        if self.prepared is None:
+            student, levels = self.step.student, Levels()
+            with self.machine.autocast():
+                images, targets = student.transform(self.images, self.targets)
+                pixels = images.tensors.contiguous(memory_format=torch.channels_last)
+                features, share = student.backbone(pixels), faster_rcnn
+                if self.args.detector == "retinanet":
+                    share = retinanet
+                with torch.no_grad():
+                    taught = self.teacher.backbone(pixels)
+                _, shared = share(student, features, images, targets, (self.teacher, taught, levels))
+                adapted = [adapt(f).float() for adapt, f in zip(self.step.adapters, features.values(), strict=True)]
+            leaf = {name: getattr(shared, name).detach().requires_grad_() for name in ("logits", "deltas")}
+            features, adapted = ([f.detach().requires_grad_() for f in maps] for maps in (features.values(), adapted))
+            self.prepared = features, (images, targets, adapted, list(taught.values()), replace(shared, **leaf))
+        return self.prepared
+
+    def adapters(self):
+        features, (_, _, outputs, _, _) = self.prepare()
+        with self.machine.autocast():
+            adapted = [adapt(f).float() for adapt, f in zip(self.step.adapters, features, strict=True)]
+        torch.autograd.backward(adapted, [torch.ones_like(level) for level in outputs])
+
+    def terms(self):
+        _, given = self.prepare()
+        self.step.levels = Levels()
+        with self.machine.autocast():
+            distillation, _ = self.step.terms(*given)
+        sum(distillation.values()).backward()
