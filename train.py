@@ -30,7 +30,7 @@ from tar.teacher import inherit, read_teacher, start_from
 def main(argv=None):
     args = options.parse(argv)
     try:
-        machine = set_up(args.device, args.amp, args.threads)
+        machine = set_up(args.device, args.amp, args.threads, args.deterministic)
         with StopSignals() as machine.signals:
             if args.check_data:
                 check_data(args, machine)

@@ -127,13 +127,15 @@ class Machine:
         return lambda batches: tqdm(batches, title, leave=False, disable=not (self.main and sys.stderr.isatty()))
 
 
-def set_up(device="auto", amp="auto", threads=0):
+def set_up(device="auto", amp="auto", threads=0, deterministic=False):
     """Joins the other processes if torchrun started this one, and chooses what is left to choose.
 
     Args:
         device: "cpu", "cuda", "cuda:1" or "auto" (cuda where there is one; under torchrun each process its own).
         amp: "bf16", "fp16", "none" or "auto" (bf16 where the processor has it).
         threads: CPU threads of this process; 0 leaves torch's choice.
+        deterministic: no kernel on a GPU whose sums come out in another order every time; an operation that has no
+            other kernel is an error that names it.
 
     Raises:
         UserError: a device that is not there.
@@ -150,6 +152,9 @@ def set_up(device="auto", amp="auto", threads=0):
         device = torch.device(device)
         if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
             raise RuntimeError("only cpu" + " and cuda" * torch.cuda.is_available())
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first GPU is spoken to
+            torch.use_deterministic_algorithms(True)
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except RuntimeError as error:

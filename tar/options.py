@@ -169,6 +169,8 @@ def parser():
     g.add_argument(
         "--seed", type=_count, default=0, metavar="N", help="of weights, order, flips, region sampling and drawn shapes"
     )
+    text = "a GPU gives the same bits every time, more slowly (a CPU does so anyway, with the same --threads)"
+    g.add_argument("--deterministic", action="store_true", help=text)
     g.add_argument(
         "--amp",
         choices=("auto", "bf16", "fp16", "none"),

@@ -13,6 +13,7 @@ INCIDENTAL = {
     "output",
     "device",
     "threads",
+    "deterministic",
     "workers",
     "download",
     "log_every",

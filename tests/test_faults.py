@@ -15,7 +15,7 @@ import pytest
 import torch
 from bad_input import flip
 from fault_injection import COMMON, ROOT, inject, same, weights
-from tiny_runs import SMALL, call, read_log, read_result
+from tiny_runs import SMALL, call, command, read_log, read_result
 from torch import nn
 
 import train
@@ -54,6 +54,18 @@ def test_runs_killed_inside_a_write_and_between_two_names_end_equal(flags, alone
 def test_a_process_that_is_killed_under_torchrun_is_started_again_and_ends_equal(flags, tmp_path):
     [(_, starts, equal)] = inject(tmp_path, flags, ["step 6 0"], processes=2, say=lambda _: None)
     assert starts == 1 and equal
+
+
+def test_deterministic_changes_nothing_on_a_cpu(flags, alone, tmp_path):
+    done = command("train.py", *flags, "--deterministic", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "run"), weights(alone))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_deterministic_run_on_a_gpu_that_is_killed_ends_equal(flags, tmp_path):
+    rows = inject(tmp_path, [*flags, "--device", "cuda", "--deterministic"], ["step 5 0"], say=lambda _: None)
+    assert [equal for _, _, equal in rows] == [True]
 
 
 @pytest.mark.parametrize(("number", "code", "workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)])
