@@ -131,7 +131,8 @@ def inject(parent, flags, chosen, processes=1, say=print, alone=None):
             ended = run(folder, flags, point, processes)
             starts, code = starts + 1, ended.returncode
             assert code in (0, -9), ended.stderr
-        equal = code == 0 and not point.exists() and same(weights(alone), weights(folder))
+        assert not point.exists(), f"{what}: never struck"
+        equal = code == 0 and same(weights(alone), weights(folder))
         rows.append((what, starts, equal))
         say(f"{what:16} {starts} starts  {'equal' if equal else 'DIFFERENT'}")
     return rows
@@ -147,7 +148,17 @@ def main():
         parent = Path(place)
         teach = ["--student", "r18", "--output", str(parent / "teacher")]
         subprocess.run([sys.executable, "train.py", *COMMON, *teach], cwd=ROOT, check=True, capture_output=True)
-        flags = [*COMMON, "--student", "r10", "--teacher", "r18", "--teacher-weights", str(parent / "teacher/last.pth")]
+        images = ["--limit-train", str(8 * args.processes)]  # as many steps as one process does
+        flags = [
+            *COMMON,
+            *images,
+            "--student",
+            "r10",
+            "--teacher",
+            "r18",
+            "--teacher-weights",
+            str(parent / "teacher/last.pth"),
+        ]
         rows = inject(parent, flags, points(args.kills, args.seed), args.processes)
     equal = sum(row[2] for row in rows)
     print(f"{equal} of {len(rows)} runs ended with the weights of the run left alone")
