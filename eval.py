@@ -1,94 +1,170 @@
-"""Evaluates a checkpoint of train.py on its data set, or prints a table of runs.
+"""Looks at what train.py has trained: figures, pictures, comparisons, a report; detections on any image; an export.
 
 python eval.py --weights runs/demo/tar/last.pth [--json FILE]
+python eval.py --weights runs/demo/tar/last.pth --show 4
+python eval.py --weights runs/demo/tar/last.pth --predict PHOTOS
+python eval.py --compare runs/demo/plain runs/demo/tar
+python eval.py --report runs/demo/plain runs/demo/tar
 python eval.py --table voc [--results runs]
 """
 
 import argparse
-from argparse import Namespace
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
-from tar import UserError, checkpoint, fail
-from tar.data import load_test_set
+from tar import UserError, checkpoint, compare, fail, show
+from tar.errors import cost_of_errors
 from tar.evaluation import evaluate
+from tar.export import export
 from tar.machine import set_up
-from tar.options import COCO_FILES, TABLES
+from tar.options import TABLES
 from tar.runs import read_json
 from tar.tables import class_table, markdown, table_text
+
+GIVEN = ("data_path", "split", "val_json", "val_images", "limit_test", "batch_size", "amp", "teacher_weights")
 
 
 def parser():
     """The command line of eval.py; what is not given is taken from the checkpoint's own settings."""
     p = argparse.ArgumentParser(
-        description="Evaluate a checkpoint of train.py: AP, AP50, AP75 and, for voc, VOC's mAP."
+        description="Look at what train.py has trained. --weights alone evaluates: AP, AP50, AP75 and, for voc, mAP.",
     )
-    what = p.add_mutually_exclusive_group(required=True)
+    g = p.add_argument_group("what to look at (one of these)")
+    what = g.add_mutually_exclusive_group(required=True)
     what.add_argument("--weights", metavar="FILE", help="checkpoint, the last.pth of a run")
+    text = "folders of runs: their figures side by side, and for two where the difference comes from"
+    what.add_argument("--compare", nargs="+", metavar="RUN", help=text)
+    text = "folders of runs: a page of HTML with figures, curves and pictures"
+    what.add_argument("--report", nargs="+", metavar="RUN", help=text)
     what.add_argument("--table", choices=("demo", *TABLES), help="print a table that train.py --table has run")
-    p.add_argument("--results", default="runs", metavar="DIR", help="folder of the table's runs (default: runs)")
-    p.add_argument("--data-path", metavar="DIR", help="folder of the data (default: as in training)")
-    p.add_argument("--split", choices=("test", "val"), help="what to measure on (default: as in training)")
+    g = p.add_argument_group("what to do with --weights instead of evaluating")
+    do = g.add_mutually_exclusive_group()
+    text = "pictures of the method: a number of test images, or image files"
+    do.add_argument("--show", nargs="+", metavar="IMAGE", help=text)
+    text = "detect on images, or on all in a folder: drawn, and as JSON in COCO's format"
+    do.add_argument("--predict", nargs="+", metavar="PATH", help=text)
+    text = "write the detector as TorchScript (FILE.pt) or ONNX (FILE.onnx, needs the package onnx)"
+    do.add_argument("--export", metavar="FILE", help=text)
+    text = "least score of a detection that is shown, 0 to 1 (default: 0.5)"
+    g.add_argument("--threshold", type=float, default=0.5, metavar="SCORE", help=text)
+    text = "checkpoint of the teacher, for --show and --report (default: the one of the student's settings)"
+    g.add_argument("--teacher-weights", metavar="FILE", help=text)
+    text = "checkpoint of a plain student, for --show (default: the run `plain` beside the student's, if there is one)"
+    g.add_argument("--plain-weights", metavar="FILE", help=text)
+    g = p.add_argument_group("data")
+    g.add_argument("--data-path", metavar="DIR", help="folder of the data (default: as in training)")
+    g.add_argument("--split", choices=("test", "val"), help="what to measure on (default: as in training)")
     for part, kind in (("JSON", "FILE"), ("images", "DIR")):
         text = f"coco: {part} to test on (default: as in training)"
-        p.add_argument(f"--val-{part.lower()}", metavar=kind, help=text)
-    p.add_argument("--limit-test", type=int, metavar="N", help="test images; 0: all (default: as in training)")
-    p.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in training)")
-    p.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
-    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), help="precision (default: as in training)")
-    p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's choice")
-    p.add_argument("--json", metavar="FILE", help="write the figures there too")
+        g.add_argument(f"--val-{part.lower()}", metavar=kind, help=text)
+    g.add_argument("--limit-test", type=int, metavar="N", help="test images; 0: all (default: as in training)")
+    g.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in training)")
+    g.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
+    g = p.add_argument_group("machine")
+    g.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), help="precision (default: as in training)")
+    g.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
+    g.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's choice")
+    g = p.add_argument_group("output")
+    g.add_argument("--results", default="runs", metavar="DIR", help="folder of --table's runs (default: runs)")
+    g.add_argument("--json", metavar="FILE", help="write the figures there too")
+    text = "folder of pictures, detections or the report (default: `pictures`, `detections` or `report` in the run's)"
+    g.add_argument("--output", metavar="DIR", help=text)
     return p
 
 
 def main(argv=None):
-    given = parser().parse_args(argv)
+    p = parser()
+    given = p.parse_args(argv)
+    only_weights = [name for name in ("show", "predict", "export", "plain_weights") if getattr(given, name)]
+    if only_weights and not given.weights:
+        p.error(f"--{only_weights[0].replace('_', '-')} needs --weights FILE")
+    if not 0 <= given.threshold <= 1:
+        p.error(f"--threshold {given.threshold}: a score lies between 0 and 1")
+    flags = {name: getattr(given, name) for name in GIVEN}
     try:
-        if given.table:
-            return print_tables(given.table, Path(given.results))
-        model, saved = checkpoint.load_detector(given.weights)
-        flags = {k: v for k, v in vars(given).items() if v is not None}
-        args = Namespace(**{"data_path": "data", "voc_years": ["2007"], "split": "test", **saved["settings"], **flags})
-        if args.dataset == "coco" and args.split == "val":
-            raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
-        machine = set_up(args.device, args.amp, args.threads)
         if given.json and not Path(given.json).resolve().parent.is_dir():
             raise UserError(f"--json {given.json}: there is no such folder")
-        files = [getattr(args, name, None) for name in COCO_FILES]
-        where = {"data_path": args.data_path, "years": args.voc_years, "files": files}
-        where |= {"limit": args.limit_test, "split": args.split}
-        test_set = load_test_set(args.dataset, saved["classes"], **where)
-        with machine.autocast():
-            voc, progress = args.dataset == "voc", machine.progress("evaluating")
-            metrics = evaluate(
-                model.to(machine.device, memory_format=torch.channels_last),
-                test_set,
-                machine.device,
-                voc,
-                args.batch_size,
-                args.workers,
-                progress,
-            )
-        per_class = metrics.pop("per_class")
-        machine.say(f"{given.weights}: {len(test_set)} {args.split} images of {args.dataset}, {machine.amp} autocast\n")
-        machine.say(markdown(["figure", "percent"], [[k, v] for k, v in metrics.items()]))
-        machine.say("\n" + class_table(per_class))
-        if given.json and machine.main:
-            about = {
-                "weights": given.weights,
-                "dataset": args.dataset,
-                "split": args.split,
-                "test_images": len(test_set),
-            }
-            checkpoint.save_json(given.json, {**about, **metrics, "per_class": per_class})
+        if given.table:
+            print_tables(given.table, Path(given.results))
+        elif given.compare:
+            compare_runs(given, flags)
+        elif given.report:
+            write_report(given, flags)
+        else:
+            look_at_weights(given, flags)
     except UserError as error:
         fail("eval.py", error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def look_at_weights(given, flags):
+    model, saved = checkpoint.load_detector(given.weights)
+    args = show.flags_of(saved["settings"], **flags)
+    if args.dataset == "coco" and args.split == "val":
+        raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
+    machine = set_up(given.device, args.amp, given.threads)
+    run = Path(given.weights).parent
+    if given.export:
+        export(model, given.export)
+        return machine.say(f"{given.export}: the {args.detector} of {given.weights}, for one image of any size")
+    if given.predict:
+        folder, files = Path(given.output or run / "detections"), show.images_at(given.predict)
+        count = show.predict(model, saved["classes"], files, machine, given.threshold, folder)
+        return machine.say(f"{count} detections on {len(files)} images: {folder}, {folder / 'detections.json'}")
+    if given.show:
+        trio = show.Trio(given.weights, machine, given.teacher_weights, given.plain_weights)
+        samples = show.samples_to_show(given.show, args, trio.classes, machine.say)
+        for file in show.save_pictures(trio, samples, given.threshold, given.output or run / "pictures"):
+            machine.say(str(file))
+        return None
+    test_set = show.test_set_of(args, saved["classes"])
+    with machine.autocast():
+        voc, progress = args.dataset == "voc", machine.progress("evaluating")
+        metrics = evaluate(
+            machine.place(model), test_set, machine.device, voc, args.batch_size, given.workers, progress
+        )
+    per_class = metrics.pop("per_class")
+    machine.say(f"{given.weights}: {len(test_set)} {args.split} images of {args.dataset}, {machine.amp} autocast\n")
+    machine.say(markdown(["figure", "percent"], [[k, v] for k, v in metrics.items()]))
+    machine.say("\n" + class_table(per_class))
+    if given.json and machine.main:
+        about = {"weights": given.weights, "dataset": args.dataset, "split": args.split, "test_images": len(test_set)}
+        checkpoint.save_json(given.json, {**about, **metrics, "per_class": per_class})
+
+
+def compare_runs(given, flags):
+    """--compare: figures, classes, and of two runs the split of errors."""
+    runs = compare.open_runs(given.compare)
+    compare.same_test(runs)
+    machine = set_up(given.device, given.amp or runs[0].settings["amp"], given.threads)
+    args = show.flags_of(runs[0].settings, **flags)
+    test_set = show.test_set_of(args, tuple(runs[0].result["per_class"]))
+    columns = compare.figures(runs, test_set)
+    machine.say(compare.figures_text(columns))
+    machine.say("\n" + compare.class_text(runs))
+    found = {"figures": columns}
+    if len(runs) == 2:
+        results = {run.name: show.results_of(run, test_set, machine) for run in runs}
+        found["errors"] = split = {name: cost_of_errors(r, test_set.classes) for name, r in results.items()}
+        machine.say("\n" + compare.errors_text(split))
+        file = show.made(given.output or runs[-1].folder / "pictures") / "errors.png"
+        compare.errors_picture(split).save(file)
+        machine.say(f"\n{file}")
+    if given.json and machine.main:
+        checkpoint.save_json(given.json, found)
+
+
+def write_report(given, flags):
+    runs = compare.open_runs(given.report)
+    if len(runs) > 1:
+        compare.same_test(runs)
+    machine = set_up(given.device, given.amp or runs[0].settings["amp"], given.threads)
+    file = show.made(given.output or runs[-1].folder) / "report.html"
+    checkpoint.save_text(file, show.report(runs, machine, flags, given.threshold))
+    machine.say(f"{file}")
 
 
 def print_tables(name, folder):

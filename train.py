@@ -141,7 +141,7 @@ def train(args, data, machine):
     heir = student if fresh and args.inherit else None
     teacher = load_teacher(args, data, machine, heir) if args.teacher else None
     step_module = Step(student, levels, teacher.backbone.out_channels if teacher else None)
-    step_module.to(machine.device, memory_format=torch.channels_last).train()
+    machine.place(step_module).train()
     if args.sync_bn:
         step_module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(step_module)
 
@@ -307,7 +307,7 @@ def load_teacher(args, data, machine, heir=None):
     teacher, saved = machine.in_turn(read_teacher, args, data[0].classes)
     if heir is not None:
         machine.say(f"Of the teacher's pyramid and heads {inherit(heir, teacher)} tensors start the student's")
-    teacher.requires_grad_(False).to(machine.device, memory_format=torch.channels_last)
+    machine.place(teacher.requires_grad_(False))
     machine.freeze(teacher)
     size = [saved["build"]["min_size"], saved["build"]["max_size"]]
     if size != args.size:

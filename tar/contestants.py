@@ -20,8 +20,9 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from tar.distill import Levels, Step, box_head, faster_rcnn, region_proposals, retinanet
+from tar.distill import Levels, Step, faster_rcnn, retinanet
 from tar.models import BACKBONES, build_backbone, build_detector
+from tar.regions import box_head, region_proposals
 
 CLASSES = 20
 STOCK, PLAIN, TAR, FLOOR = "stock", "plain", "tar", "floor"
@@ -111,8 +112,8 @@ class Contestants:
             )
         self.stock = stock_detector(args, args.student, student.state_dict()).to(device).train()
         self.stock_teacher = stock_detector(args, args.teacher, teacher.state_dict()).to(device).eval()
-        self.step = Step(student, Levels(), 256).to(device, memory_format=torch.channels_last).train()
-        self.teacher = teacher.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.step = machine.place(Step(student, Levels(), 256)).train()
+        self.teacher = machine.place(teacher.eval().requires_grad_(False))
         machine.freeze(self.teacher)
         self.stock_optimizer = sgd(self.stock)()
         self.optimizer = sgd(self.step)(fused=True)

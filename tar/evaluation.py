@@ -56,7 +56,7 @@ def voc_curve(results, label):
         order = np.argsort(-r["scores"][found], kind="stable")
         boxes, taken = r["boxes"][found][order], np.zeros(len(truth), dtype=bool)
         scores.append(r["scores"][found][order])
-        overlap = _iou(boxes, truth)
+        overlap = box_iou(boxes, truth)
         for i in range(len(boxes)):
             best = int(overlap[i].argmax()) if len(truth) else -1
             hit = best >= 0 and overlap[i, best] >= 0.5
@@ -74,7 +74,7 @@ def voc_curve(results, label):
     return right / total, right / np.arange(1, len(right) + 1)
 
 
-def _iou(a, b):
+def box_iou(a, b):
     """Pairwise IoU: [N, 4], [M, 4] xyxy -> [N, M]."""
     corner0 = np.maximum(a[:, None, :2], b[None, :, :2])
     corner1 = np.minimum(a[:, None, 2:], b[None, :, 2:])
@@ -114,11 +114,7 @@ def coco_metrics(results, classes, source=None):
         {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large": percent or None,
          "per_class": {name: {"AP": percent or None, "AP50": ...}}}.
     """
-    run = COCOeval(*coco_pair(results, classes, source), iouType="bbox")
-    with contextlib.redirect_stdout(io.StringIO()):
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
+    run = coco_run(results, classes, source)
     names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
     metrics = {name: _percent(run.stats[i]) for i, name in enumerate(names)}
     precision = run.eval["precision"][:, :, :, 0, -1]  # [IoU thresholds, recalls, classes], all areas, 100 detections
@@ -127,6 +123,23 @@ def coco_metrics(results, classes, source=None):
         known = precision[:, :, k]
         per_class[name] = {"AP": _percent(known.mean()), "AP50": _percent(known[0].mean())}
     return {**metrics, "per_class": per_class}
+
+
+def coco_run(results, classes, source=None):
+    """pycocotools' COCOeval after its work; arguments as coco_metrics."""
+    run = COCOeval(*coco_pair(results, classes, source), iouType="bbox")
+    with contextlib.redirect_stdout(io.StringIO()):
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return run
+
+
+def recall_curves(results, classes, source=None):
+    """Precision at recall 0, 0.01, ..., 1, the mean of the classes that occur: {IoU: list of 101 in 0..1}."""
+    precision = coco_run(results, classes, source).eval["precision"][:, :, :, 0, -1]  # [IoUs, recalls, classes]
+    known = precision[:, :, (precision >= 0).all((0, 1))]
+    return {iou: known[k].mean(1).tolist() for iou, k in ((0.5, 0), (0.75, 5))}
 
 
 def coco_pair(results, classes, source=None):

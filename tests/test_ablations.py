@@ -17,9 +17,9 @@ from tiny_runs import call
 
 import train
 from tar import UserError, checkpoint, options
-from tar.distill import nearest_proposals
 from tar.masks import fine_grained_mask
 from tar.models import build_detector
+from tar.regions import nearest_proposals
 from tar.teacher import inherit, read_teacher, start_from
 
 BACKBONE, CLS, REG = NAMES.values()

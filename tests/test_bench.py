@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tar import bench
 from tar.contestants import FLOOR, PLAIN, STOCK, TAR, Contestants, draw_batch
 from tar.distill import Levels
+from tar.evaluation import coco_metrics
 from tar.machine import Machine
+from tar.surroundings import drawn_results
 
 SMALL = [
     "--teacher",
@@ -123,6 +125,6 @@ def test_an_unknown_row_is_named(capsys):
 
 
 def test_metrics_are_timed_on_results_that_count():
-    results = bench.drawn_results(20, 5, 3, 10)
-    metrics = bench.coco_metrics(results, list("abcde"))
+    results = drawn_results(20, 5, 3, 10)
+    metrics = coco_metrics(results, list("abcde"))
     assert 0 < metrics["AP50"] < 100 and len(results) == 20

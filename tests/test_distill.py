@@ -10,8 +10,9 @@ import torch
 from torchvision.ops import box_iou
 
 import train
-from tar.distill import Levels, Step, box_head
+from tar.distill import Levels, Step
 from tar.machine import Machine
+from tar.regions import box_head
 from tar.shapes import Shapes
 
 NAMES = {"backbone": "distill_backbone", "cls": "distill_cls", "reg": "distill_reg"}

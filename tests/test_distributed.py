@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
-from tar.distill import over_processes
 from tar.losses import backbone_loss, classification_loss, regression_loss
+from tar.regions import over_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,8 +17,9 @@ from torchvision.models.detection.retinanet import _default_anchorgen
 from torchvision.ops import FrozenBatchNorm2d
 
 from tar import UserError, checkpoint
-from tar.distill import Step, box_head
+from tar.distill import Step
 from tar.models import STRIDES, build_coco_teacher, build_detector
+from tar.regions import box_head
 
 LOSSES = {"classification", "bbox_regression"}
 DISTILLED = {"distill_backbone", "distill_cls", "distill_reg"}
