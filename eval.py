@@ -18,7 +18,7 @@ from tar.errors import cost_of_errors
 from tar.evaluation import evaluate
 from tar.export import export
 from tar.machine import set_up
-from tar.options import TABLES
+from tar.options import LEVELS, TABLES
 from tar.runs import read_json
 from tar.tables import class_table, markdown, table_text
 
@@ -46,6 +46,8 @@ def parser():
     do.add_argument("--predict", nargs="+", metavar="PATH", help=text)
     text = "write the detector as TorchScript (FILE.pt) or ONNX (FILE.onnx, needs the package onnx)"
     do.add_argument("--export", metavar="FILE", help=text)
+    text = "of --show: only what one level is about (default: all, and the detections)"
+    g.add_argument("--level", choices=LEVELS, help=text)
     text = "least score of a detection that is shown, 0 to 1 (default: 0.5)"
     g.add_argument("--threshold", type=float, default=0.5, metavar="SCORE", help=text)
     text = "checkpoint of the teacher, for --show and --report (default: the one of the student's settings)"
@@ -117,7 +119,7 @@ def look_at_weights(given, flags):
     if given.show:
         trio = show.Trio(given.weights, machine, given.teacher_weights, given.plain_weights)
         samples = show.samples_to_show(given.show, args, trio.classes, machine.say)
-        for file in show.save_pictures(trio, samples, given.threshold, given.output or run / "pictures"):
+        for file in show.save_pictures(trio, samples, given.threshold, given.output or run / "pictures", given.level):
             machine.say(str(file))
         return None
     test_set = show.test_set_of(args, saved["classes"])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.models.detection import RetinaNet
+from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as v2
 
 from tar import masks
@@ -23,6 +24,7 @@ TILE, WIDE, GAP, LINE = (
     18,
 )  # pixels: sides of a small and a large tile, space between them, height of a line
 USED, UNUSED, NEGATIVE = (0, 140, 60), (130, 130, 130), (170, 170, 170)
+TEACHER, STUDENT = (60, 80, 150), (225, 125, 40)
 LISTED = 20  # regions whose overlaps are written out
 
 
@@ -31,8 +33,9 @@ class View:
     """What a teacher and a student say of one image; boxes are xyxy in its own pixels.
 
     image uint8 [3, H, W]; target as tar.data's; masks and errors: lists of [H_l, W_l], errors empty without adapters;
-    regions [P, 4] with label [P] (0: background); of the M positive ones truth, region_iou, teacher_boxes [M, 4],
-    teacher_iou [M] and gate bool [M].
+    regions [P, 4] with label [P] (0: background); of the M positive ones region_iou, teacher_boxes [M, 4], teacher_iou
+    [M], gate bool [M], number [M] (which ground-truth box), and teacher_says, student_says [M, classes], the
+    probabilities of the classes.
     """
 
     image: torch.Tensor
@@ -45,6 +48,9 @@ class View:
     teacher_boxes: torch.Tensor = None
     teacher_iou: torch.Tensor = None
     gate: torch.Tensor = None
+    number: torch.Tensor = None
+    teacher_says: torch.Tensor = None
+    student_says: torch.Tensor = None
 
 
 @torch.inference_mode()
@@ -84,6 +90,12 @@ def look(step, teacher, image, target, device):
     boxes = decode(shared.box_coder, theirs, places[1])
     view.gate = open_gate(levels.reg_gate, shared.box_coder, mine, theirs, *places).cpu()
     view.region_iou, view.teacher_iou = (paired_iou(b, places[2]).cpu() for b in (places[0], boxes))
+    view.number = box_iou(places[2], targets[0]["boxes"]).max(1).indices.cpu() if len(boxes) else view.gate.long()
+    said = (
+        (logits[positive].float().sigmoid() if shared.sigmoid else logits[positive].float().softmax(1)).cpu()
+        for logits in (shared.teacher_logits, shared.logits)
+    )
+    view.teacher_says, view.student_says = (p[:, 1:] for p in said)  # without the background
     scale = torch.tensor([image.shape[2] / width, image.shape[1] / height] * 2)
     view.regions, view.label = shared.region.cpu() * scale, shared.label.cpu()
     view.teacher_boxes = boxes.cpu() * scale
@@ -157,6 +169,22 @@ class Words:
         for i, (text, colour) in enumerate(lines):
             ImageDraw.Draw(self.picture).text((2, LINE * i), text, fill=colour, font=font())
 
+    def bars(self, rows):
+        """Draws what teacher and student say instead: (name, the teacher's share, the student's) a row."""
+        high, left = 2 * LINE, 84
+        self.picture = Image.new("RGB", (self.side, high * len(rows) + LINE), "white")
+        draw, wide = ImageDraw.Draw(self.picture), self.side - left - 44
+        for k, (name, *shares) in enumerate(rows):
+            draw.text((2, high * k + 6), name, fill="black", font=font(12))
+            for n, (share, colour) in enumerate(zip(shares, (TEACHER, STUDENT), strict=True)):
+                y = high * k + n * (LINE - 3)
+                draw.rectangle((left, y + 3, left + wide * share, y + LINE - 3), fill=colour)
+                draw.text((left + wide * share + 4, y + 1), f"{share:.2f}", fill="black", font=font(11))
+        for n, (who, colour) in enumerate((("teacher", TEACHER), ("student", STUDENT))):
+            x = left + 70 * n
+            draw.rectangle((x, high * len(rows) + 4, x + 9, high * len(rows) + 13), fill=colour)
+            draw.text((x + 13, high * len(rows)), who, fill="black", font=font(12))
+
 
 def sheet(rows, title):
     """Rows of tiles as one picture of PIL, with a line above them."""
@@ -225,6 +253,21 @@ def region_row(view, gate="proposal"):
     return [regions, boxes, Words(lines, f"overlap with the truth{more}; to beat: {reference}", WIDE)]
 
 
+def soft_row(view, classes, most=6, shown=5):
+    """Tiles: what both models say of a positive region of each object, the soft labels as bars."""
+    tiles = []
+    for number in range(len(view.target["boxes"])):
+        mine = torch.nonzero((view.number == number) & (view.region_iou < 0.999))[:, 0]  # not the true box itself
+        if len(mine) and len(tiles) < most:
+            i = mine[view.region_iou[mine].argmax()]
+            label = int(view.label[view.label > 0][i])
+            tile = Words([], f"a region on the {classes[label - 1]}")
+            likely = view.teacher_says[i].maximum(view.student_says[i]).argsort(descending=True)[:shown].tolist()
+            tile.bars([(classes[k], float(view.teacher_says[i, k]), float(view.student_says[i, k])) for k in likely])
+            tiles.append(tile)
+    return tiles
+
+
 def error_row(view, strides):
     """Tiles: where the student's features are off the teacher's, on each level; [] without adapters."""
     most = max((float(e.max()) for e in view.errors), default=0.0)
@@ -241,7 +284,13 @@ def detection_row(image, found, classes, threshold):
     ]
 
 
-def panel(view, classes, strides, found, threshold, title, gate="proposal"):
-    """All there is to see of one image, as a picture of PIL."""
-    rows = [mask_row(view, classes, strides), region_row(view, gate), error_row(view, strides)] if view.masks else []
-    return sheet([row for row in [*rows, detection_row(view.image, found, classes, threshold)] if row], title)
+def panel(view, classes, strides, found, threshold, title, gate="proposal", level=None):
+    """All there is to see of one image, a picture of PIL; with a level (backbone, cls, reg) only what that is about."""
+    rows = {
+        "backbone": [mask_row(view, classes, strides), error_row(view, strides)],
+        "reg": [region_row(view, gate)],
+        "cls": [soft_row(view, classes)],
+        None: [detection_row(view.image, found, classes, threshold)],
+    }
+    chosen = [rows[level]] if level else rows.values()
+    return sheet([row for part in chosen for row in part if row], title)

@@ -85,14 +85,15 @@ class Trio:
                 raise UserError(f"{path}: its {what}, {other}, are not those of {self.weights}, {one}")
         return model
 
-    def panel(self, image, target, threshold, title):
+    def panel(self, image, target, threshold, title, level=None):
         """All that tar.pictures shows of an image uint8 [3, H, W]; without target only its detections."""
         student = "TAR student" if self.distilled else "student"
         named = {"plain student": self.plain, student: self.student, "teacher": self.teacher}
         found = {n: detections(m, image, self.device, threshold) for n, m in named.items() if m is not None}
         if target is not None and self.teacher is not None:
             view = look(self.step, self.teacher, image, target, self.device)
-            return panel(view, self.classes, self.student.strides, found, threshold, title, self.levels.reg_gate)
+            strides, gate = self.student.strides, self.levels.reg_gate
+            return panel(view, self.classes, strides, found, threshold, title, gate, level)
         row = detection_row(image, found, self.classes, threshold)
         if target is not None:
             row.insert(0, labelled(Tile(image, "ground truth", WIDE), target["boxes"], target["labels"], self.classes))
@@ -129,12 +130,12 @@ def sample_of(source, index):
     return name, image, {"boxes": boxes[~ignored], "labels": labels[~ignored]}
 
 
-def save_pictures(trio, samples, threshold, folder):
-    """Writes a panel for each sample. Returns the files."""
+def save_pictures(trio, samples, threshold, folder, level=None):
+    """Writes a panel for each sample, in 256 colours. Returns the files."""
     folder, files = made(folder), []
     for name, image, target in samples:
         files.append(folder / f"{name}.png")
-        trio.panel(image, target, threshold, name).save(files[-1])
+        trio.panel(image, target, threshold, name, level).quantize(256).save(files[-1], optimize=True)
     return files
 
 

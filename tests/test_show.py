@@ -21,7 +21,7 @@ from tar.losses import paired_iou
 from tar.machine import Machine
 from tar.masks import gaussian_mask
 from tar.models import build_detector
-from tar.pictures import Tile, class_colour, look
+from tar.pictures import TEACHER, UNUSED, USED, Tile, class_colour, look
 from tar.report import plot, ticks
 
 CPU = Machine(0, 1, torch.device("cpu"), "none")
@@ -75,6 +75,37 @@ def test_show_writes_a_panel_an_image(voc, tmp_path, capsys):
     assert pixels.shape[0] > 800 and pixels.shape[1] > 1200
     for label in (1, 2):  # both classes are drawn in their colours
         assert (pixels == class_colour(label)).all(2).sum() > 50
+
+
+def test_each_level_has_a_picture_of_its_own(voc, tmp_path):
+    seen = {}
+    for level in ("backbone", "cls", "reg"):
+        call(
+            *(eval_script.main, "--weights", voc.run / "last.pth", "--show", 1, "--level", level),
+            *("--output", tmp_path / level),
+        )
+        seen[level] = picture_of(tmp_path / level / "000012.png")
+    bars = {level: (pixels == TEACHER).all(2).sum() for level, pixels in seen.items()}
+    boxes = {level: sum((pixels == c).all(2).sum() for c in (USED, UNUSED)) for level, pixels in seen.items()}
+    assert bars["cls"] > 100 and bars["backbone"] == bars["reg"] == 0
+    assert boxes["reg"] > 500 > 50 > boxes["backbone"] + boxes["cls"]  # grey letters have some grey points
+
+
+def test_soft_labels_are_those_of_the_heads(trio, sample):
+    _, image, target = sample
+    torch.manual_seed(0)
+    view = look(trio.step, trio.teacher, image, target, CPU.device)
+    assert view.teacher_says.shape == view.student_says.shape == (len(view.gate), 2)
+    assert ((view.teacher_says.sum(1) <= 1) & (view.teacher_says.min(1).values >= 0)).all()
+    model, batch = trio.teacher, [image / 255]
+    with torch.inference_mode():
+        images, _ = model.transform(batch)
+        regions = view.regions[view.label > 0] * torch.tensor([64 / 96, 48 / 72] * 2)
+        pooled = model.roi_heads.box_roi_pool(model.backbone(images.tensors), [regions], images.image_sizes)
+        logits, _ = model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
+    assert torch.allclose(logits.softmax(1)[:, 1:], view.teacher_says, atol=1e-4)
+    assert (view.number < len(target["boxes"])).all()
+    assert torch.equal(target["labels"][view.number], view.label[view.label > 0])
 
 
 def test_show_of_a_plain_student_and_of_a_file_of_ones_own(plain, voc, tmp_path, capsys):
