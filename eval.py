@@ -8,12 +8,12 @@ python eval.py --report runs/demo/plain runs/demo/tar
 python eval.py --table voc [--results runs]
 """
 
-import argparse
 from pathlib import Path
 
 import torch.distributed as dist
 
 from tar import UserError, checkpoint, compare, fail, show
+from tar.arguments import Parser
 from tar.errors import cost_of_errors
 from tar.evaluation import evaluate
 from tar.export import export
@@ -27,7 +27,7 @@ GIVEN = ("data_path", "split", "val_json", "val_images", "limit_test", "batch_si
 
 def parser():
     """The command line of eval.py; what is not given is taken from the checkpoint's own settings."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Look at what train.py has trained. --weights alone evaluates: AP, AP50, AP75 and, for voc, mAP.",
     )
     g = p.add_argument_group("what to look at (one of these)")

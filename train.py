@@ -18,9 +18,10 @@ from tar.check import check, report
 from tar.data import load_dataset, make_loader, to_device, train_batches
 from tar.distill import Step
 from tar.evaluation import cost_of_distillation, evaluate, latency
-from tar.faults import Guard, Stopped, StopSignals, diverged
+from tar.faults import Guard, Stopped, StopSignals, diverged, out_of_memory
 from tar.machine import set_up
 from tar.models import build_detector
+from tar.progress import Progress
 from tar.runs import append_line, begin_run, changed, find_run, read_json, run_name, settings_of, teacher_of
 from tar.schedule import decay, learning_rate
 from tar.tables import cell, figures_table, run_table
@@ -42,6 +43,8 @@ def main(argv=None):
                 machine.say(f"\nRun: {folder}. Next: python eval.py --weights {folder / 'last.pth'}")
     except (UserError, Stopped) as error:
         fail("train.py", error)
+    except torch.OutOfMemoryError as error:
+        fail("train.py", out_of_memory(error))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -167,7 +170,6 @@ def train(args, data, machine):
     guard.streak += at["streak"]
     wrapped = machine.parallel(step_module)
     distilled = True  # until the decay's end
-
     where = {"rank": machine.rank, "world": machine.world, "wide": getattr(train_set, "wide", None)}
     steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, **where))
     total_steps = args.epochs * steps_per_epoch
@@ -179,6 +181,8 @@ def train(args, data, machine):
         text = "is not the same for all processes; it must be on a disk that all machines share"
         raise UserError(f"{output}: {text}").for_all()
     machine.alone(begin_run, output, settings, done, measured=at["batch"] == 0)
+
+    progress = Progress(machine, title, args.epochs, total_steps, images_per_step)
 
     def save():
         at["bad_steps"], at["streak"] = int(guard.total), int(guard.streak)
@@ -197,10 +201,9 @@ def train(args, data, machine):
         batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, **where)
         at["epoch"], begin = epoch, at["batch"]
         loader = make_loader(train_set, True, batches[begin:], args.seed, args.workers, machine.device.type == "cuda")
-        bar = machine.progress(f"{title} {epoch + 1}/{args.epochs}")(loader)
         machine.signals.patient = True  # a step is finished, and saved
         since_log, recent, rate = time.perf_counter(), [], 0.0
-        for i, (images, targets) in enumerate(bar, begin + 1):
+        for i, (images, targets) in enumerate(progress.epoch(loader, epoch + 1), begin + 1):
             started = time.perf_counter()  # `seconds` leaves the loader out: the runs of a table wait for it unequally
             step = epoch * steps_per_epoch + i - 1
             # Region sampling draws from a generator seeded by the step: a resumed run needs no generator's state.
@@ -239,7 +242,7 @@ def train(args, data, machine):
                 rate = len(recent) * images_per_step / (now - since_log)
                 line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
                 record(output, {**line, **means, "bad_steps": int(guard.total)}, machine)
-                bar.set_postfix(loss=f"{means['loss']:.3f}", refresh=False)
+                progress.show(epoch + 1, step + 1, means, rate)
                 at |= {"sums": {}, "counts": {}, "loss": means["loss"]}
                 since_log, recent = now, []
             at["seconds"] += time.perf_counter() - started
@@ -274,16 +277,14 @@ def train(args, data, machine):
         cost += dearer * distilled_steps / total_steps
     result = {
         **at["metrics"],
-        "dataset": args.dataset,
-        "detector": args.detector,
-        "split": args.split,
+        **{name: getattr(args, name) for name in ("dataset", "detector", "split", "epochs")},
         "test_images": len(test_set),
         "train_images": len(train_set),
-        "epochs": args.epochs,
         "seconds": at["seconds"],
         "cost": cost,
         "parameters": sum(p.numel() for p in student.parameters()),
         "ms_per_image": ms_per_image,
+        "environment": machine.about(),
     }
     machine.alone(checkpoint.save_json, output / "result.json", result)
     return machine.shared(result)  # the others wait here

@@ -6,7 +6,6 @@ The kinds of step take turns, round after round, so that whatever else the machi
 the median over the rounds of two steps' ratio in the same round.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,10 +17,10 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 from tar import UserError, checkpoint, fail
+from tar.arguments import Parser
 from tar.contestants import FLOOR, PLAIN, STOCK, TAR, Contestants
 from tar.machine import TYPES, set_up
 from tar.models import BACKBONES, DETECTORS
@@ -42,7 +41,7 @@ RATIOS = {
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="python -m tar.bench", description=__doc__.split("\n")[0])
+    p = Parser(prog="python -m tar.bench", description=__doc__.split("\n")[0])
     resnets = [name for name in BACKBONES if name.startswith("r") and name != "r10"]
     p.add_argument("--teacher", choices=resnets, default="r101", help="backbone (default: r101)")
     p.add_argument("--student", choices=resnets, default="r50", help="backbone (default: r50)")
@@ -82,8 +81,7 @@ def main(argv=None):
 
 def run(args, machine):
     """Measures the parts that are asked for and prints each. Returns what --json holds."""
-    about = {"device": name_of(machine.device), "processes": machine.world, "threads": torch.get_num_threads()}
-    about |= {"amp": machine.amp, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    about = machine.about()
     about |= {
         k: getattr(args, k) for k in ("teacher", "student", "detector", "size", "image", "batch_size", "rois", "rounds")
     }
@@ -118,13 +116,6 @@ def run(args, machine):
     if "scaling" in args.parts and machine.device.type == "cpu":
         figures["scaling"] = scaling(args, machine)
     return figures
-
-
-def name_of(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return models[0].split(":")[1].strip() if models else "cpu"
 
 
 def timed(machine, call):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tar import UserError
+from tar import UserError, one_line
 
 
 class Diverged(UserError):
@@ -144,3 +144,9 @@ class StopSignals:
     def stopped(self, text):
         """The exception that ends the run; the number is another process's where this one was not told."""
         return Stopped(f"{text}, as told; the same command goes on", self.received or signal.SIGTERM)
+
+
+def out_of_memory(error):
+    """A UserError for a GPU that is too small."""
+    text = one_line(error).split(" Tried to allocate")[0]
+    return UserError(f"{text} Give a smaller --batch-size or --size; what was saved is kept").for_all()

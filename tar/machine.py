@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import platform
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -32,6 +35,12 @@ class Machine:
     def main(self):
         """Whether this is the process that prints and writes."""
         return self.rank == 0
+
+    def about(self):
+        """What a figure depends on besides the settings: {name: value}."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else processor()
+        about = {"device": name, "processes": self.world, "threads": torch.get_num_threads(), "amp": self.amp}
+        return {**about, "torch": torch.__version__, "torchvision": torchvision.__version__}
 
     def say(self, text):
         """Prints a line once, above the progress bars."""
@@ -176,6 +185,13 @@ def set_up(device="auto", amp="auto", threads=0, deterministic=False):
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"
     return Machine(rank, world, device, amp, control)
+
+
+def processor():
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def has_bf16(device):

@@ -3,6 +3,7 @@
 import argparse
 from functools import cache
 
+from tar.arguments import Defaults, Parser, above_0, count, positive, up_to_1, weight
 from tar.data import DATASETS, SHAPES_IMAGES
 from tar.distill import PROPOSALS, SOFT_LABELS, Levels
 from tar.losses import CLS_GATES, REG_GATES
@@ -23,20 +24,12 @@ TABLE_DATASETS = {"voc": "voc", "coco": "coco", "retinanet": "coco"}  # of the p
 TABLES = ("shapes", "voc", "coco", "retinanet", "masks", "sigma2", "decay", "gates", "proposals")
 
 
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults in the help text, but not those that say nothing."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False
-        return action.help if silent else super()._get_help_string(action)
-
-
 def parser():
     """The command line of train.py."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Train a detector, or distil one from a teacher. Without --student: the demonstration on drawn "
         "shapes (teacher, plain student, plain student of equal cost, distilled student) and its table.",
-        formatter_class=_Defaults,
+        formatter_class=Defaults,
     )
 
     def recipe(group, flag, text, **kwargs):
@@ -65,24 +58,22 @@ def parser():
     g.add_argument("--split", choices=("test", "val"), default="test", help=text)
     text = "read every image of the data set, print what is in it and which cannot be used, and train nothing"
     g.add_argument("--check-data", action="store_true", help=text)
-    recipe(
-        g, "--size", "shorter side, and limit of the longer, pixels", nargs=2, type=_positive, metavar=("MIN", "MAX")
-    )
+    recipe(g, "--size", "shorter side, and limit of the longer, pixels", nargs=2, type=positive, metavar=("MIN", "MAX"))
     g.add_argument(
         "--limit-train",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help=f"training images an epoch; 0: all (shapes: {SHAPES_IMAGES['train']})",
     )
     g.add_argument(
         "--limit-test",
-        type=_count,
+        type=count,
         default=0,
         metavar="N",
         help=f"test images; 0: all (shapes: {SHAPES_IMAGES['test']})",
     )
-    recipe(g, "--workers", "loader processes", type=_count, metavar="N")
+    recipe(g, "--workers", "loader processes", type=count, metavar="N")
 
     g = p.add_argument_group("models")
     g.add_argument("--student", choices=BACKBONES, help="backbone of the detector to train")
@@ -90,7 +81,7 @@ def parser():
     text = "checkpoint of the teacher; coco: torchvision's r50 trained on COCO; none: train it first, once"
     g.add_argument("--teacher-weights", metavar="FILE", help=text)
     text = "epochs of a teacher that is trained first; 0: as many as the student's"
-    g.add_argument("--teacher-epochs", type=_count, default=0, metavar="N", help=text)
+    g.add_argument("--teacher-epochs", type=count, default=0, metavar="N", help=text)
     g.add_argument("--student-weights", metavar="FILE", help="checkpoint that the student starts from")
     text = "start the student's pyramid and heads from the teacher's where shapes match (not the paper's)"
     g.add_argument("--inherit", action="store_true", help=text)
@@ -98,30 +89,30 @@ def parser():
     recipe(g, "--backbone-weights", "imagenet (frozen batch norm), none (trained batch norm) or FILE", metavar="WHICH")
     text = "trained batch norm over the images of all processes (GPUs); else each normalises its own"
     g.add_argument("--sync-bn", action="store_true", help=text)
-    recipe(g, "--fpn-channels", "width of the pyramid", type=_positive, metavar="N")
-    recipe(g, "--head-channels", "width of the box head", type=_positive, metavar="N")
+    recipe(g, "--fpn-channels", "width of the pyramid", type=positive, metavar="N")
+    recipe(g, "--head-channels", "width of the box head", type=positive, metavar="N")
     text = "side of an anchor in strides of its level; RetinaNet: half of it"
-    recipe(g, "--anchor-scale", text, type=_positive, metavar="N")
-    recipe(g, "--rois", "regions an image that the box head trains on", type=_positive, metavar="N")
-    recipe(g, "--roi-samples", "RoIAlign's sampling points a side in each of 7 x 7 bins", type=_positive, metavar="N")
+    recipe(g, "--anchor-scale", text, type=positive, metavar="N")
+    recipe(g, "--rois", "regions an image that the box head trains on", type=positive, metavar="N")
+    recipe(g, "--roi-samples", "RoIAlign's sampling points a side in each of 7 x 7 bins", type=positive, metavar="N")
     recipe(
         g,
         "--rpn-top-n",
         "proposals kept in training and in evaluation",
         nargs=2,
-        type=_positive,
+        type=positive,
         metavar=("TRAIN", "TEST"),
     )
 
     d = Levels()
     g = p.add_argument_group("distillation")
-    g.add_argument("--weight-backbone", type=_weight, default=d.backbone, metavar="A", help="weight a of L_backbone")
-    g.add_argument("--weight-cls", type=_weight, default=d.cls, metavar="B", help="weight b of L_cls")
-    g.add_argument("--weight-reg", type=_weight, default=d.reg, metavar="G", help="weight g of L_reg")
+    g.add_argument("--weight-backbone", type=weight, default=d.backbone, metavar="A", help="weight a of L_backbone")
+    g.add_argument("--weight-cls", type=weight, default=d.cls, metavar="B", help="weight b of L_cls")
+    g.add_argument("--weight-reg", type=weight, default=d.reg, metavar="G", help="weight g of L_reg")
     for level in LEVELS:
         g.add_argument(f"--no-{level}", action="store_true", help=f"leave the {level} level out")
     g.add_argument("--mask", choices=MASKS, default=d.mask, help="where the backbone level imitates")
-    g.add_argument("--sigma2", type=_above_0, default=d.sigma2, metavar="S2", help="width of the Gaussian mask")
+    g.add_argument("--sigma2", type=above_0, default=d.sigma2, metavar="S2", help="width of the Gaussian mask")
     g.add_argument(
         "--cls-gate",
         choices=CLS_GATES,
@@ -135,7 +126,7 @@ def parser():
     text = "regions whose classes are imitated; all: background too, as Chen et al. 2017"
     g.add_argument("--soft-labels", choices=SOFT_LABELS, default=d.soft_labels, help=text)
     text = "weight of a background region among --soft-labels all"
-    g.add_argument("--background-weight", type=_weight, default=d.background_weight, metavar="W", help=text)
+    g.add_argument("--background-weight", type=weight, default=d.background_weight, metavar="W", help=text)
     g.add_argument("--decay", choices=DECAYS, default="linear", help="of the distillation weight over the run")
     g.add_argument(
         "--no-decay",
@@ -147,27 +138,27 @@ def parser():
     )
 
     text = "part of the run after which the decay has reached 0 and the teacher is no longer asked"
-    recipe(g, "--decay-end", text, type=_part, metavar="PART")
+    recipe(g, "--decay-end", text, type=up_to_1, metavar="PART")
 
     g = p.add_argument_group("training")
     text = (
         "whose defaults to take: voc's (ImageNet weights) or shapes' (small and from scratch); default: the data set's"
     )
     g.add_argument("--recipe", choices=RECIPES, help=text)
-    recipe(g, "--epochs", "passes over the training images", type=_positive, metavar="N")
-    recipe(g, "--batch-size", "images a process and step", type=_positive, metavar="N")
+    recipe(g, "--epochs", "passes over the training images", type=positive, metavar="N")
+    recipe(g, "--batch-size", "images a process and step", type=positive, metavar="N")
     recipe(g, "--optimizer", "sgd with momentum, or adamw", choices=("sgd", "adamw"))
     text = "learning rate per 16 images a step, scaled linearly with them; RetinaNet with sgd: half of it"
-    recipe(g, "--lr", text, type=_weight, metavar="RATE")
+    recipe(g, "--lr", text, type=weight, metavar="RATE")
     recipe(g, "--schedule", "step drops at 8/12 and 11/12 of the run", choices=SCHEDULES)
-    recipe(g, "--warmup", "steps of warm-up, at most a tenth of the run", type=_count, metavar="N")
-    g.add_argument("--momentum", type=_weight, default=0.9, metavar="M", help="of SGD")
-    recipe(g, "--weight-decay", "of the optimizer", type=_weight, metavar="W")
-    recipe(g, "--clip-grad", "largest norm of the gradient; 0: no limit", type=_weight, metavar="NORM")
+    recipe(g, "--warmup", "steps of warm-up, at most a tenth of the run", type=count, metavar="N")
+    g.add_argument("--momentum", type=weight, default=0.9, metavar="M", help="of SGD")
+    recipe(g, "--weight-decay", "of the optimizer", type=weight, metavar="W")
+    recipe(g, "--clip-grad", "largest norm of the gradient; 0: no limit", type=weight, metavar="NORM")
     text = "steps in a row whose gradient is not finite, after which a run stops; none of them is applied"
-    g.add_argument("--max-bad-steps", type=_positive, default=3, metavar="N", help=text)
+    g.add_argument("--max-bad-steps", type=positive, default=3, metavar="N", help=text)
     g.add_argument(
-        "--seed", type=_count, default=0, metavar="N", help="of weights, order, flips, region sampling and drawn shapes"
+        "--seed", type=count, default=0, metavar="N", help="of weights, order, flips, region sampling and drawn shapes"
     )
     text = "a GPU gives the same bits every time, more slowly (a CPU does so anyway, with the same --threads)"
     g.add_argument("--deterministic", action="store_true", help=text)
@@ -178,19 +169,19 @@ def parser():
         help="precision of the convolutions; auto: bf16 where the processor has it",
     )
     g.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
-    g.add_argument("--threads", type=_count, default=0, metavar="N", help="CPU threads a process; 0: torch's choice")
+    g.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads a process; 0: torch's choice")
 
     g = p.add_argument_group("tables")
     g.add_argument("--table", choices=TABLES, help="run all rows of a table instead of one run, and print it")
     text = "runs a row, with --seed and the seeds after it; the table shows mean and standard deviation"
-    g.add_argument("--seeds", type=_positive, default=1, metavar="N", help=text)
+    g.add_argument("--seeds", type=positive, default=1, metavar="N", help=text)
 
     g = p.add_argument_group("output")
     g.add_argument("--output", metavar="DIR", help="run folder (default: runs/ and a name made of the settings)")
-    recipe(g, "--eval-every", "epochs between evaluations; the last is always", type=_positive, metavar="N")
+    recipe(g, "--eval-every", "epochs between evaluations; the last is always", type=positive, metavar="N")
     text = "steps between checkpoints; there is one after each epoch too"
-    g.add_argument("--save-every", type=_positive, default=1000, metavar="N", help=text)
-    g.add_argument("--log-every", type=_positive, default=20, metavar="N", help="steps between lines of log.jsonl")
+    g.add_argument("--save-every", type=positive, default=1000, metavar="N", help=text)
+    g.add_argument("--log-every", type=positive, default=20, metavar="N", help="steps between lines of log.jsonl")
     return p
 
 
@@ -322,23 +313,3 @@ def build_of(args, backbone, num_classes):
 
 def _words(value):
     return " ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def _number(kind, least, text, most=2**31 - 1):
-    def convert(word):
-        try:
-            value = kind(word)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{word!r} is not {text}")
-        return value
-
-    return convert
-
-
-_positive = _number(int, 1, "a whole number from 1")
-_count = _number(int, 0, "a whole number from 0")
-_weight = _number(float, 0, "a number from 0")
-_above_0 = _number(float, 1e-9, "a number above 0")
-_part = _number(float, 1e-9, "a number above 0 and up to 1", 1.0)
