@@ -131,11 +131,11 @@ def sample_of(source, index):
 
 
 def save_pictures(trio, samples, threshold, folder, level=None):
-    """Writes a panel for each sample, in 256 colours. Returns the files."""
+    """Writes a panel for each sample, in few colours. Returns the files."""
     folder, files = made(folder), []
     for name, image, target in samples:
         files.append(folder / f"{name}.png")
-        trio.panel(image, target, threshold, name, level).quantize(256).save(files[-1], optimize=True)
+        trio.panel(image, target, threshold, name, level).quantize(64 if level else 256).save(files[-1], optimize=True)
     return files
 
 
