@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tar import UserError, checkpoint, compare, fail, show
-from tar.arguments import Parser
+from tar.arguments import Parser, count, positive, weight
 from tar.errors import cost_of_errors
 from tar.evaluation import evaluate
 from tar.export import export
@@ -49,7 +49,7 @@ def parser():
     text = "of --show: only what one level is about (default: all, and the detections)"
     g.add_argument("--level", choices=LEVELS, help=text)
     text = "least score of a detection that is shown, 0 to 1 (default: 0.5)"
-    g.add_argument("--threshold", type=float, default=0.5, metavar="SCORE", help=text)
+    g.add_argument("--threshold", type=weight, default=0.5, metavar="SCORE", help=text)
     text = "checkpoint of the teacher, for --show and --report (default: the one of the student's settings)"
     g.add_argument("--teacher-weights", metavar="FILE", help=text)
     text = "checkpoint of a plain student, for --show (default: the run `plain` beside the student's, if there is one)"
@@ -60,17 +60,17 @@ def parser():
     for part, kind in (("JSON", "FILE"), ("images", "DIR")):
         text = f"coco: {part} to test on (default: as in training)"
         g.add_argument(f"--val-{part.lower()}", metavar=kind, help=text)
-    g.add_argument("--limit-test", type=int, metavar="N", help="test images; 0: all (default: as in training)")
-    g.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: as in training)")
-    g.add_argument("--workers", type=int, default=1, metavar="N", help="loader processes (default: 1)")
+    g.add_argument("--limit-test", type=count, metavar="N", help="test images; 0: all (default: as in training)")
+    g.add_argument("--batch-size", type=positive, metavar="N", help="images at a time (default: as in training)")
+    g.add_argument("--workers", type=count, default=1, metavar="N", help="loader processes (default: 1)")
     g = p.add_argument_group("machine")
     g.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), help="precision (default: as in training)")
     g.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
-    g.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's choice")
+    g.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
     g = p.add_argument_group("output")
     g.add_argument("--results", default="runs", metavar="DIR", help="folder of --table's runs (default: runs)")
     g.add_argument("--json", metavar="FILE", help="write the figures there too")
-    text = "folder of pictures, detections or the report (default: `pictures`, `detections` or `report` in the run's)"
+    text = "folder of pictures, detections or the report (default: in the run's, `pictures`, `detections` and itself)"
     g.add_argument("--output", metavar="DIR", help=text)
     return p
 
@@ -81,8 +81,10 @@ def main(argv=None):
     only_weights = [name for name in ("show", "predict", "export", "plain_weights") if getattr(given, name)]
     if only_weights and not given.weights:
         p.error(f"--{only_weights[0].replace('_', '-')} needs --weights FILE")
-    if not 0 <= given.threshold <= 1:
+    if given.threshold > 1:
         p.error(f"--threshold {given.threshold}: a score lies between 0 and 1")
+    if given.level and not given.show:
+        p.error(f"--level {given.level} needs --show")
     flags = {name: getattr(given, name) for name in GIVEN}
     try:
         if given.json and not Path(given.json).resolve().parent.is_dir():
@@ -114,10 +116,12 @@ def look_at_weights(given, flags):
         return machine.say(f"{given.export}: the {args.detector} of {given.weights}, for one image of any size")
     if given.predict:
         folder, files = Path(given.output or run / "detections"), show.images_at(given.predict)
-        count = show.predict(model, saved["classes"], files, machine, given.threshold, folder)
-        return machine.say(f"{count} detections on {len(files)} images: {folder}, {folder / 'detections.json'}")
+        images, boxes = show.predict(model, saved["classes"], files, machine, given.threshold, folder)
+        return machine.say(f"{boxes} detections on {images} images: {folder}, {folder / 'detections.json'}")
     if given.show:
         trio = show.Trio(given.weights, machine, given.teacher_weights, given.plain_weights)
+        if given.level and trio.teacher is None:
+            raise UserError(f"--level {given.level}: {given.weights} has no teacher; give --teacher-weights FILE")
         samples = show.samples_to_show(given.show, args, trio.classes, machine.say)
         for file in show.save_pictures(trio, samples, given.threshold, given.output or run / "pictures", given.level):
             machine.say(str(file))
@@ -144,7 +148,7 @@ def compare_runs(given, flags):
     machine = set_up(given.device, given.amp or runs[0].settings["amp"], given.threads)
     args = show.flags_of(runs[0].settings, **flags)
     test_set = show.test_set_of(args, tuple(runs[0].result["per_class"]))
-    columns = compare.figures(runs, test_set)
+    columns = compare.figures(runs, test_set, machine)
     machine.say(compare.figures_text(columns))
     machine.say("\n" + compare.class_text(runs))
     found = {"figures": columns}
@@ -173,7 +177,8 @@ def print_tables(name, folder):
     """Prints what train.py --table has noted in a folder, and the results that are there."""
     found = sorted(folder.glob(f"table-{name}-*.json")) or sorted((folder / name).glob(f"table-{name}-*.json"))
     if not found:
-        raise UserError(f"{folder}: no table-{name}-*.json; run train.py --table {name} first, or give --results DIR")
+        first = "train.py" if name == "demo" else f"train.py --table {name}"
+        raise UserError(f"{folder}: no table-{name}-*.json; run {first} first, or give --results DIR")
     for file in found:
         print(table_text(read_json(file), file.parent) + "\n")
 

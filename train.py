@@ -209,7 +209,7 @@ def train(args, data, machine):
             # Region sampling draws from a generator seeded by the step: a resumed run needs no generator's state.
             torch.manual_seed((args.seed * 1_000_003 + step) * machine.world + machine.rank)
             lr = learning_rate(step, total_steps, base_lr, args.warmup, args.schedule)
-            weight = decay(step, distilled_steps, args.decay) if step < distilled_steps else 0.0  # METHOD section 5
+            weight = decay(step, distilled_steps, args.decay) if step < distilled_steps else 0.0  # README, Decay
             if args.teacher and weight == 0 and distilled:  # from here on nothing of the teacher is computed
                 distilled = False
                 step_module.adapters.requires_grad_(False)

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from tar import UserError, checkpoint, fail
-from tar.arguments import Parser
+from tar.arguments import Parser, count, positive
 from tar.contestants import FLOOR, PLAIN, STOCK, TAR, Contestants
 from tar.machine import TYPES, set_up
 from tar.models import BACKBONES, DETECTORS
@@ -47,20 +47,20 @@ def parser():
     p.add_argument("--student", choices=resnets, default="r50", help="backbone (default: r50)")
     p.add_argument("--detector", choices=DETECTORS, default=DETECTORS[0], help=f"default: {DETECTORS[0]}")
     text = "shorter side and limit of the longer, pixels (default: 600 1000)"
-    p.add_argument("--size", type=int, nargs=2, metavar=("MIN", "MAX"), default=[600, 1000], help=text)
+    p.add_argument("--size", type=positive, nargs=2, metavar=("MIN", "MAX"), default=[600, 1000], help=text)
     text = "height and width of the drawn images, pixels before they are resized (default: VOC's 375 500)"
-    p.add_argument("--image", type=int, nargs=2, metavar=("H", "W"), default=[375, 500], help=text)
-    p.add_argument("--batch-size", type=int, default=2, metavar="N", help="images a process and step (default: 2)")
-    p.add_argument("--rois", type=int, default=512, metavar="N", help="regions an image (default: 512)")
-    p.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each kind (default: 5)")
-    p.add_argument("--warmup", type=int, default=2, metavar="N", help="rounds before the first counts (default: 2)")
+    p.add_argument("--image", type=positive, nargs=2, metavar=("H", "W"), default=[375, 500], help=text)
+    p.add_argument("--batch-size", type=positive, default=2, metavar="N", help="images a process and step (default: 2)")
+    p.add_argument("--rois", type=positive, default=512, metavar="N", help="regions an image (default: 512)")
+    p.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each kind (default: 5)")
+    p.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before the first counts (default: 2)")
     p.add_argument("--rows", nargs="+", metavar="ROW", help="kinds of step (default: all)")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    p.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes beside the step (default: 2)")
+    p.add_argument("--workers", type=count, default=2, metavar="N", help="loader processes (default: 2)")
     p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
     p.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default="auto", help="precision (default: auto)")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: torch's choice")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, images and regions")
+    p.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
+    p.add_argument("--seed", type=count, default=0, metavar="N", help="of weights, images and regions")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
     return p
 
@@ -168,6 +168,9 @@ def flops(args, machine, rows, per_image):
     for name, times in per_image.items():
         kind = "none" if name in (STOCK, "naive") else machine.amp
         mfu[name] = counted[name] / (median(times) / 1000) / peak[kind]
+    if not per_image:
+        lines = [[name, f"{count / 1e9:.0f}"] for name, count in counted.items()]
+        machine.say("\n" + markdown(["row", "GFLOP an image"], lines))
     machine.say(f"\nMatrix products: {', '.join(f'{k} {v / 1e12:.2f} TFLOP/s' for k, v in peak.items())}")
     return {"flops": counted, "peak": peak, "mfu": mfu}
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tar import UserError, checkpoint
 from tar.errors import KINDS
+from tar.evaluation import latency
 from tar.pictures import GAP, LINE, font
 from tar.runs import read_json
 from tar.tables import cell, markdown
@@ -37,7 +38,9 @@ def open_runs(paths):
     """Runs from their folders, or from a file in them; names that are the same get their parents' before them."""
     runs = []
     for path in map(Path, paths):
-        folder = path if path.is_dir() else path.parent
+        folder = path.parent if path.is_file() else path
+        if any(folder.resolve() == run.folder.resolve() for run in runs):
+            raise UserError(f"{path}: named twice")
         for name in ("config.json", "result.json", "log.jsonl", "last.pth"):
             if not (folder / name).is_file():
                 why = "the run has not ended" if (folder / "config.json").is_file() else "this is no folder of a run"
@@ -57,7 +60,7 @@ def same_test(runs):
         values = {run.name: run.result[key] for run in runs}
         if len(set(values.values())) > 1:
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise UserError(f"these runs cannot be compared, for their {key} differ: {shown}")
+            raise UserError(f"these runs cannot be compared, their {key.replace('_', ' ')} is not the same: {shown}")
     if len({tuple(run.result["per_class"]) for run in runs}) > 1:
         raise UserError("these runs cannot be compared, for their classes differ")
 
@@ -69,15 +72,16 @@ def flops(model, image):
     return counter.get_total_flops()
 
 
-def figures(runs, test_set):
-    """{run: {what: value}} of the table that compares them."""
+def figures(runs, test_set, machine):
+    """{run: {what: value}} of the table that compares them; latencies are measured now, one after the other."""
     image, columns = test_set.load(0, 0)[0], {}
     for run in runs:
         model, saved = checkpoint.load_detector(run.weights)
         own = {name: run.result[name] for name in FIGURES if name in run.result}
         own |= {"backbone": saved["build"]["backbone"], "epochs": run.result["epochs"]}
         own |= {"parameters (M)": run.result["parameters"] / 1e6, "GFLOP an image": flops(model, image) / 1e9}
-        columns[run.name] = own | {"ms an image": run.result["ms_per_image"]}
+        ms = latency(machine.place(model), test_set, machine.device, machine.autocast())
+        columns[run.name] = own | {"ms an image": ms}
     return columns
 
 

@@ -1,12 +1,13 @@
-"""One training step of task adaptive regularization, from images to losses (METHOD sections 1 to 4).
+"""One training step of task adaptive regularization, from images to losses (README, the paper in one page).
 
     images --student--> features --> regions --student's head--> its answers
        |                   |            |
        +-----teacher--> features -------+--------teacher's head--> its answers
 
-Both answer for the same regions, so they can be compared: Faster R-CNN for the regions that the student's box head
-trains on, RetinaNet for the anchors. The teacher runs its backbone and its head and nothing else: no RPN (unless
-its own proposals are asked for), no suppression, no post-processing, no gradient.
+Both answer for the same regions, so they can be compared: Faster R-CNN for those that the student's box head trains on
+(the teacher for the positive ones among them, for the others have no term), RetinaNet for the anchors. The teacher runs
+its backbone and its head and nothing else: no RPN (unless its own proposals are asked for), no suppression, no
+post-processing, no gradient.
 """
 
 from dataclasses import dataclass

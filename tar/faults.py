@@ -109,10 +109,11 @@ def diverged(history, source, epoch, step, output, machine):
     images = ", ".join(source.name(epoch, index) for index in indices)
     found = machine.gathered((wrong, images))
     wrong, images = next((pair for pair in found if pair[0]), ("the gradient alone", "; ".join(i for _, i in found)))
+    saved = (output / "last.pth").is_file()
+    kept = f"the checkpoint in {output} is sound" if saved else f"{output} has no checkpoint yet"
     return Diverged(
-        f"stopped at step {step}: steps in a row were not finite, first {wrong}, on {images}; none was applied. "
-        f"Try a lower --lr, --clip-grad 10 or --amp none in a new --output; look at these images; {output} is sound up "
-        "to its checkpoint"
+        f"stopped at step {step}: too many steps in a row were not finite, first {wrong}, on {images}; none was "
+        f"applied. Try a lower --lr, --clip-grad 10 or --amp none in a new --output, and look at these images; {kept}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The three distillation losses and the gate, one function an equation (METHOD sections 2 to 4).
+"""The three distillation losses and the gate, one function an equation (README, the paper in one page).
 
 Each returns the sum over this process's regions or cells divided by a count that the caller gives, because the
 count is taken over all processes.
@@ -15,13 +15,13 @@ CLS_GATES = ("none", "better")
 def backbone_loss(student, teacher, masks, cells):
     """Masked imitation of the features.
 
-        L_backbone = 1 / (2 N) * sum_l sum_ij M_l[ij] * sum_c (student_l[c, ij] - teacher_l[c, ij])^2
+        L_backbone = 1 / (2 N) * sum_l sum_ij M_l[ij] * sum_c (student_l[c, ij] - teacher_l[c, ij])^2,   over all images
 
     Args:
         student: list of L tensors [B, C, H_l, W_l], the student's features after the adapters.
         teacher: the same of the teacher.
         masks: list of L tensors [B, H_l, W_l].
-        cells: N = sum_l sum_ij M_l[ij], a scalar tensor; 0 where there are no boxes, and then the loss is 0.
+        cells: N = sum_l sum_ij M_l[ij] over all images, a scalar tensor; 0 without boxes, and then the loss is 0.
     """
     total = sum((m * (s - t).square().sum(1)).sum() for s, t, m in zip(student, teacher, masks, strict=True))
     return total / (2 * cells.clamp(min=1e-6))

@@ -1,4 +1,4 @@
-"""Where the backbone level imitates: a weight for every cell of every pyramid level (METHOD section 2)."""
+"""Where the backbone level imitates: a weight for every cell of every pyramid level (README, Backbone level)."""
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -18,7 +18,7 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
         boxes: float [N, 4] xyxy in pixels of the resized image; N may be 0. Leading dimensions are kept.
         height, width: cells of the level.
         stride: pixels of the resized image from cell to cell.
-        sigma2: s2, the variance in units of the box's half sides squared (a choice: 2).
+        sigma2: s2, a choice: 2. With half a side as unit the variance is s2 / 2; in the middle of an edge M is 0.61.
 
     Returns:
         float [height, width] in 0..1.

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
@@ -33,6 +32,7 @@ class View:
     """What a teacher and a student say of one image; boxes are xyxy in its own pixels.
 
     image uint8 [3, H, W]; target as tar.data's; masks and errors: lists of [H_l, W_l], errors empty without adapters;
+    cells: of each level the width and height of a cell in pixels of the image;
     regions [P, 4] with label [P] (0: background); of the M positive ones region_iou, teacher_boxes [M, 4], teacher_iou
     [M], gate bool [M], number [M] (which ground-truth box), and teacher_says, student_says [M, classes], the
     probabilities of the classes.
@@ -42,6 +42,7 @@ class View:
     target: dict
     masks: list = field(default_factory=list)
     errors: list = field(default_factory=list)
+    cells: list = field(default_factory=list)
     regions: torch.Tensor = None
     label: torch.Tensor = None
     region_iou: torch.Tensor = None
@@ -97,6 +98,7 @@ def look(step, teacher, image, target, device):
     )
     view.teacher_says, view.student_says = (p[:, 1:] for p in said)  # without the background
     scale = torch.tensor([image.shape[2] / width, image.shape[1] / height] * 2)
+    view.cells = [(float(stride * scale[0]), float(stride * scale[1])) for stride in student.strides]
     view.regions, view.label = shared.region.cpu() * scale, shared.label.cpu()
     view.teacher_boxes = boxes.cpu() * scale
     return view
@@ -149,11 +151,18 @@ class Tile:
             draw.text((x + 2 - left, y + 2 - top), text, fill="white", font=font(12))
         return self
 
-    def heat(self, values, most=None):
-        """Lays a map [h, w] over the image, whose cells cover it: 0 leaves the image dark, `most` is bright yellow."""
-        most = most or float(values.max()) or 1.0
-        size = (self.picture.height, self.picture.width)
-        share = F.interpolate(values[None, None] / most, size, mode="nearest")[0, 0].clamp(0, 1).numpy()[..., None]
+    def heat(self, values, cell, most=None):
+        """Lays a map [h, w] over the image: 0 leaves it dark, `most` is bright yellow.
+
+        Args:
+            cell: width and height of a cell in pixels of the image; the last ones may reach over its border.
+        """
+        share = (values / (most or float(values.max()) or 1.0)).clamp(0, 1).numpy()
+        columns, rows = (
+            ((np.arange(n) + 0.5) / self.scale // side).astype(int).clip(max=count - 1)
+            for n, side, count in zip(self.picture.size, cell, share.shape[::-1], strict=True)
+        )
+        share = share[rows][:, columns][..., None]
         hot = np.array([255, 225, 60]) * share + np.array([40, 0, 90]) * (1 - share)
         mixed = 0.35 * np.asarray(self.picture.convert("L").convert("RGB")) + 0.65 * hot
         self.picture = Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
@@ -184,6 +193,11 @@ class Words:
             x = left + 70 * n
             draw.rectangle((x, high * len(rows) + 4, x + 9, high * len(rows) + 13), fill=colour)
             draw.text((x + 13, high * len(rows)), who, fill="black", font=font(12))
+
+
+def few_colours(picture):
+    """A picture in 256 colours, by an octree, which keeps small bright lines as they are."""
+    return picture.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
 
 
 def sheet(rows, title):
@@ -219,11 +233,21 @@ def levels_names(strides):
     return [f"P{stride.bit_length() - 1}" for stride in strides]
 
 
+def truth_of(view):
+    return view.target["boxes"], view.target["labels"]
+
+
 def mask_row(view, classes, strides):
     """Tiles: the ground truth, and the mask on each level of the pyramid."""
-    truth = labelled(Tile(view.image, "ground truth"), view.target["boxes"], view.target["labels"], classes)
+    truth = labelled(Tile(view.image, "ground truth"), *truth_of(view), classes)
     names = levels_names(strides)
-    return [truth, *(Tile(view.image, f"mask on {n}").heat(m, 1.0) for n, m in zip(names, view.masks, strict=True))]
+    return [
+        truth,
+        *(
+            Tile(view.image, f"mask on {n}").heat(m, c, 1.0)
+            for n, m, c in zip(names, view.masks, view.cells, strict=True)
+        ),
+    ]
 
 
 def region_row(view, gate="proposal"):
@@ -272,8 +296,10 @@ def error_row(view, strides):
     """Tiles: where the student's features are off the teacher's, on each level; [] without adapters."""
     most = max((float(e.max()) for e in view.errors), default=0.0)
     names = levels_names(strides)
-    pairs = zip(names, view.errors, strict=True) if view.errors else ()
-    return [Tile(view.image, f"|adapt(F_S) - F_T| on {n}, max {e.max():.2f}").heat(e, most) for n, e in pairs]
+    return [
+        Tile(view.image, f"|adapt(F_S) - F_T| on {n}, max {e.max():.2f}").heat(e, c, most)
+        for n, e, c in zip(names, view.errors, view.cells, strict=False)  # no errors: no tiles
+    ]
 
 
 def detection_row(image, found, classes, threshold):
@@ -292,5 +318,7 @@ def panel(view, classes, strides, found, threshold, title, gate="proposal", leve
         "cls": [soft_row(view, classes)],
         None: [detection_row(view.image, found, classes, threshold)],
     }
+    if not any(rows[level]):
+        rows[level] = [[labelled(Tile(view.image, "no region to show"), *truth_of(view), classes)]]
     chosen = [rows[level]] if level else rows.values()
     return sheet([row for part in chosen for row in part if row], title)

@@ -6,6 +6,7 @@ import io
 import math
 
 from tar.compare import FIGURES
+from tar.pictures import few_colours
 from tar.tables import cell
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 300, 56, 36, 10  # pixels of a plot
@@ -176,7 +177,7 @@ def _word(value):
 def picture(image, caption):
     """A picture of PIL inside the page."""
     file = io.BytesIO()
-    image.convert("RGB").quantize(128).save(file, "PNG", optimize=True)
+    few_colours(image).save(file, "PNG", optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
     text = html.escape(caption)
     return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'

@@ -57,7 +57,8 @@ def settings_of(args, machine):
 
 def run_name(args, machine):
     """A folder's name made of the settings: readable in front, a digest of all of them behind."""
-    data = args.dataset if args.dataset == "shapes" else Path(args.data_path).resolve().name
+    where = Path(args.train_json).parent if args.dataset == "coco" and args.train_json else Path(args.data_path)
+    data = args.dataset if args.dataset == "shapes" else where.resolve().name
     model = f"{args.student}-tar-{args.teacher}" if args.teacher else args.student
     digest = hashlib.sha256(json.dumps(settings_of(args, machine), sort_keys=True).encode()).hexdigest()[:6]
     return f"{data}-{args.detector}-{model}-{args.epochs}e-seed{args.seed}-{digest}"

@@ -8,14 +8,14 @@ DROPS = (8 / 12, 11 / 12)  # of the run: where the step schedule divides the lea
 
 
 def decay(step, total_steps, kind="linear"):
-    """The distillation weight lambda(t) (METHOD section 5; the paper decays it, the linear form is a choice).
+    """The distillation weight lambda(t) (README, Decay; the paper decays it, the linear form is a choice).
 
     linear: 1 - t / t_max.  cosine: (1 + cos(pi t / t_max)) / 2.  step: halves at each drop of the learning rate.
     none: 1.
 
     Args:
         step: optimisation steps done, t.
-        total_steps: those of the whole run, t_max.
+        total_steps: those until the decay's end, t_max: the whole run, or --decay-end's part of it.
         kind: one of DECAYS.
 
     Returns:

@@ -1,5 +1,6 @@
 """What eval.py shows of trained detectors: pictures of the method, detections on any image, a report on a page."""
 
+import contextlib
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tar.evaluation import detect, recall_curves
 from tar.images import read_image
 from tar.models import build_coco_teacher
 from tar.options import COCO_FILES, levels_of, parse
-from tar.pictures import WIDE, Tile, detection_row, detections, labelled, look, panel, sheet
+from tar.pictures import WIDE, Tile, detection_row, detections, few_colours, labelled, look, panel, sheet
 from tar.report import class_table, curves, page, picture, preformatted, recall_plot, results_table, settings_table
 from tar.tables import command_of
 
@@ -54,9 +55,10 @@ class Trio:
         self.levels = levels_of(flags_of(settings)) if self.distilled else Levels()
         self.teacher = self._teacher(teacher or settings.get("teacher_weights"), settings)
         beside = self.weights.resolve().parent.parent / "plain/last.pth"
-        if plain is None and beside.is_file() and beside != self.weights.resolve():
-            plain = beside
         self.plain = self._other(plain) if plain else None
+        if plain is None and beside.is_file() and beside != self.weights.resolve():
+            with contextlib.suppress(UserError):  # a run called so by chance
+                self.plain = self._other(beside)
         self.step = Step(self.student, self.levels, self.teacher.backbone.out_channels if self.teacher else 1)
         if self.teacher and self.saved["adapters"]:
             try:
@@ -111,14 +113,18 @@ def samples_to_show(wanted, args, classes, say):
         yield from (sample_of(source, index) for index in range(min(int(wanted[0]), len(source))))
         return
     source, known = None, {}
-    if args.dataset != "shapes":
+    if args.dataset == "shapes":
+        say("Note: shapes are drawn, and files have no ground truth: detections only")
+    else:
         try:
             source = test_set_of(args, classes)
             known = {Path(source.name(0, i)).resolve(): i for i in range(len(source))}
         except UserError as error:
             say(f"Note: no ground truth, and so detections only: {error}")
-    for path in map(Path, wanted):
+    for path in images_at(wanted):
         index = known.get(path.resolve())
+        if index is None and source is not None:
+            say(f"{path}: not in the {args.split} set; without ground truth there are detections only")
         yield (path.stem, read_image(path), None) if index is None else sample_of(source, index)
 
 
@@ -135,7 +141,7 @@ def save_pictures(trio, samples, threshold, folder, level=None):
     folder, files = made(folder), []
     for name, image, target in samples:
         files.append(folder / f"{name}.png")
-        trio.panel(image, target, threshold, name, level).quantize(64 if level else 256).save(files[-1], optimize=True)
+        few_colours(trio.panel(image, target, threshold, name, level)).save(files[-1], optimize=True)
     return files
 
 
@@ -156,14 +162,20 @@ def images_at(paths):
 def predict(model, classes, files, machine, threshold, folder):
     """Detections on any images: each drawn into the folder, and all as detections.json in COCO's format.
 
+    A file that cannot be read is left out, with a line that names it; if none can, that is a UserError.
+
     Returns:
-        the number of detections.
+        the number of images, and of detections.
     """
     folder = made(folder)
     rows, images, width = [], [], len(str(len(files)))
     machine.place(model)
     for number, file in enumerate(machine.progress("detecting")(files), 1):
-        image = read_image(file)
+        try:
+            image = read_image(file)
+        except UserError as error:
+            machine.say(f"Left out: {error}")
+            continue
         with machine.autocast():
             boxes, labels, scores = detections(model, image, machine.device, threshold)
         tile = Tile(image, "", min(max(max(image.shape[1:]), WIDE), 1600))
@@ -173,10 +185,12 @@ def predict(model, classes, files, machine, threshold, folder):
             box = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
             about = {"id": len(rows) + 1, "image_id": number, "category_id": int(label), "score": score}
             rows.append({**about, **box})
+    if not images:
+        raise UserError(f"{files[0]}: none of {len(files)} files can be read as an image")
     categories = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
     found = {"images": images, "annotations": rows, "categories": categories}
     checkpoint.save_json(folder / "detections.json", found)
-    return len(rows)
+    return len(images), len(rows)
 
 
 def report(runs, machine, args, threshold):
@@ -210,7 +224,10 @@ def report(runs, machine, args, threshold):
             panels.append(picture(trio.panel(image, target, threshold, name), f"{run.name}: {name}"))
         sections.append((f"Pictures of {run.name}", "".join(panels)))
     sections.append(("Settings", settings_table(runs)))
-    commands = "\n\n".join(f"{run.name}:\n{command_of(flags_of(run.settings))}" for run in runs)
+    commands = "\n\n".join(
+        f"{run.name}:\n{command_of(flags_of(run.settings), '--seed', run.settings['seed'], '--output', run.folder)}"
+        for run in runs
+    )
     sections.append(("Commands", preformatted(commands)))
     return page(", ".join(run.name for run in runs), sections)
 

@@ -40,9 +40,10 @@ def from_disk(args, machine, contestants, images=64):
     """From disk to batch: images/s, and the share of TAR steps' time that is spent waiting for their data."""
     with tempfile.TemporaryDirectory() as folder:
         source = Files(folder, images, *args.image)
-        keys = [(0, i % images) for i in range(4 * images)]
-        batches = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
         cores = len(os.sched_getaffinity(0))
+        needed = args.batch_size * max(args.rounds + 2, 4 * cores)
+        keys = [(0, i % images) for i in range(max(4 * images, needed))]
+        batches = [keys[i : i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
         rates = {}
         for workers in sorted({1, cores}):
             loader = iter(make_loader(source, True, batches, workers=workers))
@@ -64,8 +65,9 @@ def from_disk(args, machine, contestants, images=64):
             machine.wait()
         share = waited / (time.perf_counter() - begun)
         del loader
-    rate = ", ".join(f"{workers} workers {rate:.0f} images/s" for workers, rate in rates.items())
-    machine.say(f"\nInput: {rate}; waiting for data takes {100 * share:.2f}% of the TAR steps ({args.workers} workers)")
+    rate = ", ".join(f"{rate:.0f} images/s by {workers}" for workers, rate in rates.items())
+    share_text = f"waiting for data takes {100 * share:.2f}% of the TAR steps (by {args.workers})"
+    machine.say(f"\nInput: {rate} worker processes; {share_text}")
     return {"images_per_second": rates, "waiting": share}
 
 

@@ -59,8 +59,10 @@ ROWS = {
     ),
     "decay": (
         ("student, no distillation", PLAIN, None),
-        *((f"all three levels, decay {d}", {"decay": d}, None) for d in ("linear", "cosine")),
-        *((f"all three levels, decay {d}", {**CONSTANT, "decay": d}, None) for d in ("step", "none")),
+        *(
+            (f"all three levels, decay {d}", {"decay": d, "decay_end": 1.0}, None)
+            for d in ("linear", "cosine", "step", "none")
+        ),
         ("teacher", TEACHER, None),
     ),
     "gates": (
@@ -234,8 +236,12 @@ def spread(values):
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def command_of(args):
-    """The command line that gives these flags: what differs from the defaults of their data set or recipe."""
+def command_of(args, *more):
+    """The command line that gives these flags: what differs from the defaults of their data set or recipe.
+
+    Args:
+        more: words to end with; seed and output, which the rows of a table do not name, are added so.
+    """
     words = ["--student", args.student]
     for name, default in (("dataset", "shapes"), ("detector", "faster-rcnn"), ("recipe", None)):
         words += [f"--{name}", getattr(args, name)] * (getattr(args, name) != default)
@@ -250,7 +256,7 @@ def command_of(args):
         if value is not None and value != getattr(usual, name, None):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [action.option_strings[0], *map(str, values)]
-    return "python train.py " + shlex.join(words)
+    return "python train.py " + shlex.join([*words, *map(str, more)])
 
 
 def markdown(header, rows):

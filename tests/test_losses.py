@@ -1,4 +1,4 @@
-"""The losses and the gate of METHOD sections 2 to 4 against loops in plain Python."""
+"""The losses and the gate of README, the paper in one page against loops in plain Python."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The masks of the backbone level against METHOD section 2, written out cell by cell."""
+"""The masks of the backbone level against README, Backbone level, written out cell by cell."""
 
 import math
 
@@ -9,7 +9,7 @@ from tar.masks import box_mask, gaussian_mask, pyramid_masks
 
 
 def expected_mask(boxes, height, width, stride, sigma2):
-    """The equation of METHOD section 2 in plain Python: list of rows."""
+    """The equation of README, Backbone level in plain Python: list of rows."""
     mask = [[0.0] * width for _ in range(height)]
     for x0, y0, x1, y1 in boxes:
         centre_x, centre_y, half_width, half_height = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2, (y1 - y0) / 2

@@ -1,4 +1,4 @@
-"""RetinaNet, MobileNet and COCO's teachers: built as torchvision builds them, distilled as METHOD says of anchors."""
+"""RetinaNet, MobileNet and COCO's teachers: built as torchvision builds them, distilled over anchors."""
 
 import copy
 import math

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -21,7 +22,7 @@ from tar.losses import paired_iou
 from tar.machine import Machine
 from tar.masks import gaussian_mask
 from tar.models import build_detector
-from tar.pictures import TEACHER, UNUSED, USED, Tile, class_colour, look
+from tar.pictures import TEACHER, UNUSED, USED, Tile, class_colour, few_colours, look, panel, soft_row
 from tar.report import plot, ticks
 
 CPU = Machine(0, 1, torch.device("cpu"), "none")
@@ -75,6 +76,21 @@ def test_show_writes_a_panel_an_image(voc, tmp_path, capsys):
     assert pixels.shape[0] > 800 and pixels.shape[1] > 1200
     for label in (1, 2):  # both classes are drawn in their colours
         assert (pixels == class_colour(label)).all(2).sum() > 50
+
+
+def test_an_image_whose_only_positives_are_its_boxes(trio, sample):
+    _, image, target = sample
+    view = look(trio.step, trio.teacher, image, target, CPU.device)
+    view.region_iou = torch.ones_like(view.region_iou)
+    assert soft_row(view, trio.classes) == []
+    page = panel(view, trio.classes, trio.student.strides, {}, 0.5, "title", level="cls")
+    assert page.width > 200
+
+
+def test_a_run_called_plain_by_chance_is_left_alone(voc, plain, tmp_path):
+    for run, name in ((voc.run, "student"), (plain.run, "plain")):
+        shutil.copytree(run, tmp_path / name)
+    assert show.Trio(tmp_path / "student/last.pth", CPU).plain is None
 
 
 def test_each_level_has_a_picture_of_its_own(voc, tmp_path):
@@ -155,8 +171,25 @@ def test_tiles_draw_where_they_are_told():
     assert pixels.shape == (100, 200, 3)
     rows, columns = np.nonzero(pixels[..., 0] == 255)
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (20, 10, 119, 89)
-    hot = Tile(torch.zeros(3, 10, 10, dtype=torch.uint8), "", 100).heat(torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
-    assert np.asarray(hot.picture)[20, 80].sum() > np.asarray(hot.picture)[20, 20].sum() + 100
+
+
+def test_a_map_lies_where_its_cells_are():
+    """Two cells of 64 pixels over an image of 96: the first one's edge is at two thirds."""
+    hot = Tile(torch.zeros(3, 96, 96, dtype=torch.uint8), "", 240).heat(
+        torch.tensor([[1.0, 0.0], [0.0, 0.0]]), (64, 64)
+    )
+    bright = np.asarray(hot.picture)[..., 1] > 60
+    assert bright[:160, :160].all() and not bright[160:].any() and not bright[:, 160:].any()
+
+
+def test_few_colours_keep_thin_lines():
+    """On noise, which takes all other colours."""
+    noise = torch.randint(0, 256, (3, 200, 200), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    tile = Tile(noise, "", 200).box([20, 30, 150, 160], USED, width=1)
+    tile.box([60, 60, 90, 90], TEACHER, width=1)
+    saved = np.asarray(few_colours(tile.picture).convert("RGB")).astype(int)
+    for place, colour in (((30, 80), USED), ((60, 70), TEACHER)):
+        assert np.abs(saved[place] - colour).max() <= 24
 
 
 # Detections on any images
@@ -192,7 +225,8 @@ def test_predict_names_what_is_no_image(voc, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
-    for path, text in ((tmp_path / "empty", "holds no image"), (tmp_path / "a.jpg", "no such"), (broken, "cannot be")):
+    none = "none of 1 files can be read"
+    for path, text in ((tmp_path / "empty", "holds no image"), (tmp_path / "a.jpg", "no such"), (broken, none)):
         with pytest.raises(SystemExit) as stopped:
             call(eval_script.main, "--weights", voc.run / "last.pth", "--predict", path, "--output", tmp_path / "out")
         error = capsys.readouterr().err
@@ -214,8 +248,24 @@ def test_compare_says_what_differs(voc, tmp_path, capsys):
     assert picture_of(tmp_path / "errors.png").shape[1] > 500
 
 
+def test_predict_leaves_out_what_is_no_image_and_says_so(voc, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(b"no image")
+    Image.new("RGB", (90, 70), (20, 90, 20)).save(folder / "b.png")
+    call(eval_script.main, "--weights", voc.run / "last.pth", "--predict", folder, "--output", tmp_path / "out")
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "out/detections.json").read_text())
+    assert "Left out: " in out and "a.jpg" in out and "on 1 images" in out
+    assert [i["file_name"].rsplit("/", 1)[1] for i in found["images"]] == ["b.png"]
+
+
 def test_runs_on_other_images_are_not_compared(voc, plain, tmp_path, capsys):
-    for runs, text in (((voc.run, plain.run), "their dataset differ"), ((voc.run, tmp_path), "no folder of a run")):
+    for runs, text in (
+        ((voc.run, plain.run), "their dataset is not the same"),
+        ((voc.run, tmp_path), "no folder of a run"),
+        ((voc.run, tmp_path / "nowhere"), "nowhere: has no"),
+        ((voc.run, voc.run / "last.pth"), "named twice"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             call(eval_script.main, "--compare", *runs)
         assert stopped.value.code == 2 and text in capsys.readouterr().err
@@ -250,6 +300,7 @@ def test_a_report_is_one_whole_page(voc, tmp_path):
         assert word in text
     commands = re.findall(r"python train.py [^\n<]*", text)
     assert len(commands) == 2 and "--teacher r18" in commands[1] and "--weight-cls 0.5" in commands[1]
+    assert f"--seed 0 --output {voc.run}" in commands[1]
 
 
 def test_a_report_without_the_data_says_what_it_leaves_out(voc, tmp_path):
