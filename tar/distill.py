@@ -18,8 +18,9 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import box_iou
 
-from tar import masks
+from tar.adapters import Adapter, compared
 from tar.losses import backbone_loss, better_gate, classification_loss, decode, regression_gate, regression_loss
+from tar.masks import pyramid_masks
 from tar.regions import (
     anchor_generator,
     box_head,
@@ -76,7 +77,7 @@ class Step(nn.Module):
         self.adapters = nn.ModuleList()
         if levels is not None and levels.backbone > 0:
             for _ in student.strides:
-                self.adapters.append(nn.Conv2d(student.backbone.out_channels, teacher_channels, 3, padding=1))
+                self.adapters.append(Adapter(student.backbone.out_channels, teacher_channels))
 
     def forward(self, images, targets, teacher=None):
         """The losses of a batch.
@@ -105,29 +106,38 @@ class Step(nn.Module):
         if teacher is None:
             return detection, {}, {}
 
-        wanted, adapted = list(teacher_features.values()), []
+        pairs = None
         if levels.backbone > 0:
-            adapted = [adapt(f).float() for adapt, f in zip(self.adapters, features.values(), strict=True)]
-        return detection, *self.terms(images, targets, adapted, wanted, shared)
+            mine, wanted = list(features.values()), list(teacher_features.values())
+            sparse = pixels.device.type == "cpu" and levels.mask != "full"
+            pairs = compared(self.adapters, mine, wanted, self.masks(images, targets, wanted), sparse)
+        return detection, *self.terms(pairs, shared)
 
-    def terms(self, images, targets, adapted, wanted, shared):
-        """The three losses, from what both models have answered.
+    def masks(self, images, targets, maps):
+        """Where the backbone level imitates: a list of L float [B, H_l, W_l].
 
         Args:
             images, targets: after the student's transform.
-            adapted, wanted: lists of L float [B, C, H_l, W_l], the student's features after the adapters (empty where
-                the backbone level is off) and the teacher's.
+            maps: list of L tensors [B, C, H_l, W_l], for their sizes.
+        """
+        levels = self.levels
+        anchors = anchor_generator(self.student)(images, maps) if levels.mask == "fine-grained" else None
+        return pyramid_masks(targets, maps, self.student.strides, levels.mask, levels.sigma2, anchors)
+
+    def terms(self, pairs, shared):
+        """The three losses, from what both models have answered.
+
+        Args:
+            pairs: the student's features after the adapters, the teacher's, and the masks, as compared() gives them;
+                None where the backbone level is off.
             shared: Shared, or None where both other levels are off.
 
         Returns:
             distillation, seen: as forward().
         """
         levels, distillation, seen = self.levels, {}, {}
-        if levels.backbone > 0:
-            anchors = None
-            if levels.mask == "fine-grained":
-                anchors = anchor_generator(self.student)(images, wanted)
-            where = masks.pyramid_masks(targets, wanted, self.student.strides, levels.mask, levels.sigma2, anchors)
+        if pairs is not None:
+            adapted, wanted, where = pairs
             cells = over_processes(sum(m.sum() for m in where))
             distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
         if shared is not None:

@@ -18,9 +18,10 @@ def backbone_loss(student, teacher, masks, cells):
         L_backbone = 1 / (2 N) * sum_l sum_ij M_l[ij] * sum_c (student_l[c, ij] - teacher_l[c, ij])^2,   over all images
 
     Args:
-        student: list of L tensors [B, C, H_l, W_l], the student's features after the adapters.
+        student: list of L tensors [B, C, H_l, W_l], the student's features after the adapters; or [n_l, C], those of
+            the cells under the mask.
         teacher: the same of the teacher.
-        masks: list of L tensors [B, H_l, W_l].
+        masks: list of L tensors [B, H_l, W_l], or [n_l].
         cells: N = sum_l sum_ij M_l[ij] over all images, a scalar tensor; 0 without boxes, and then the loss is 0.
     """
     total = sum((m * (s - t).square().sum(1)).sum() for s, t, m in zip(student, teacher, masks, strict=True))

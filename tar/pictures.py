@@ -10,11 +10,9 @@ from torchvision.models.detection import RetinaNet
 from torchvision.ops import box_iou
 from torchvision.transforms.v2 import functional as v2
 
-from tar import masks
 from tar.data import to_device
 from tar.distill import faster_rcnn, open_gate, retinanet
 from tar.losses import decode, paired_iou
-from tar.regions import anchor_generator
 
 TILE, WIDE, GAP, LINE = (
     232,
@@ -73,8 +71,7 @@ def look(step, teacher, image, target, device):
     pixels = images.tensors.contiguous(memory_format=torch.channels_last)
     features, taught = student.backbone(pixels), teacher.backbone(pixels)
     wanted = list(taught.values())
-    anchors = anchor_generator(student)(images, wanted) if levels.mask == "fine-grained" else None
-    where = masks.pyramid_masks(targets, wanted, student.strides, levels.mask, levels.sigma2, anchors)
+    where = step.masks(images, targets, wanted)
     height, width = images.image_sizes[0]
     shown = [(-(-height // stride), -(-width // stride)) for stride in student.strides]  # without the padding
     view.masks = [m[0, :h, :w].float().cpu() for m, (h, w) in zip(where, shown, strict=True)]
