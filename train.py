@@ -7,6 +7,8 @@ The file reads from top to bottom: which runs there are to do, then one run: bui
 """
 
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -147,6 +149,11 @@ def train(args, data, machine):
     machine.place(step_module).train()
     if args.sync_bn:
         step_module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(step_module)
+    if args.compile:
+        if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise UserError("--compile: torch.compile needs a C++ compiler; install g++, or leave it out").for_all()
+        for model in (student, teacher) if teacher else (student,):
+            model.backbone.compile()
 
     parameters = [p for p in step_module.parameters() if p.requires_grad]
     images_per_step = args.batch_size * machine.world

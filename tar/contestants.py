@@ -135,17 +135,28 @@ class Contestants:
             for name in levels
         }
         return {
-            STOCK: ("torchvision's student, float32, its own layout", self.stock_step),
+            STOCK: ("torchvision's student, float32, its own layout", partial(self.in_full_precision, self.stock_step)),
             "stock autocast": (f"the same under {self.machine.amp} autocast", partial(self.stock_step, True)),
             PLAIN: ("our plain student step", partial(self.ours, None)),
             TAR: ("our TAR step, all three levels", partial(self.ours, Levels())),
             FLOOR: ("our plain step, the teacher's backbone and head on the same regions", self.floor),
             **single,
-            "naive": ("stock step, the teacher's whole model(images), feature loss by hooks, float32", self.naive),
+            "naive": (
+                "stock step, the teacher's whole model(images), feature loss by hooks, float32",
+                partial(self.in_full_precision, self.naive),
+            ),
             "naive equal": ("the same with our precision and layout", partial(self.naive, True)),
             "adapters": ("of the TAR step: masks and adapters alone, forward and backward", self.adapters),
             "terms": ("of the TAR step: masks, gate and losses alone, forward and backward", self.terms),
         }
+
+    def in_full_precision(self, step):
+        """A step whose float32 is float32, as torch has it unless tar.machine has said otherwise."""
+        usual = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        losses = step()
+        torch.set_float32_matmul_precision(usual)
+        return losses
 
     def learn(self, losses, optimizer):
         optimizer.zero_grad()

@@ -184,6 +184,8 @@ def set_up(device="auto", amp="auto", threads=0, deterministic=False):
         torch.set_num_threads(threads)
     if amp == "auto":
         amp = "bf16" if has_bf16(device) else "none"
+    if amp != "none" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what stays float32 is multiplied as TF32
     return Machine(rank, world, device, amp, control)
 
 

@@ -168,6 +168,8 @@ def parser():
         default="auto",
         help="precision of the convolutions; auto: bf16 where the processor has it",
     )
+    text = "torch.compile both backbones: minutes for every new image size, and slower on a CPU; needs a C++ compiler"
+    g.add_argument("--compile", action="store_true", help=text)
     g.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
     g.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads a process; 0: torch's choice")
 

@@ -14,6 +14,7 @@ INCIDENTAL = {
     "device",
     "threads",
     "deterministic",
+    "compile",
     "workers",
     "download",
     "log_every",

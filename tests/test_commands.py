@@ -11,6 +11,7 @@ from tiny_runs import DETECTION, SMALL, STEPS, call, command, read_log, read_res
 
 import eval as evaluation
 import train
+from tar.models import build_detector
 from tar.shapes import CLASSES
 
 
@@ -92,6 +93,20 @@ def test_loader_processes_change_nothing(plain, tmp_path):
     one, other = read_result(plain.run), read_result(tmp_path / "run")
     timed = {"seconds", "cost", "ms_per_image"}
     assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+
+
+def test_compiled_backbones_learn_the_same(plain, tmp_path, monkeypatch):
+    """With a backend that changes no arithmetic (the usual one takes minutes)."""
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def note(module):
+        compiled.append(type(module).__name__)
+        compile_module(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
+    call(train.main, *plain.flags, "--compile", "--output", tmp_path / "run")
+    assert compiled == [type(build_detector("faster-rcnn", "r10", 1).backbone).__name__]
+    assert same_weights(plain.run, tmp_path / "run")
 
 
 def test_another_seed_gives_another_student(plain, tmp_path):

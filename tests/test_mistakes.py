@@ -167,3 +167,9 @@ def test_a_single_graphics_card_is_chosen_without_an_index(monkeypatch):
         machine = set_up(device, "none")
         assert machine.device.type == "cuda" and (machine.rank, machine.world) == (0, 1)
     assert set(chosen) <= {0}
+
+
+def test_compiling_without_a_compiler(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.shutil.which", lambda name: None)
+    line = wrong(capsys, train.main, *SMALL, "--student", "r10", "--compile", "--output", tmp_path / "run")
+    assert "--compile" in line and "g++" in line
