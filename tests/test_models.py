@@ -11,7 +11,7 @@ from torchvision.models import WeightsEnum
 from torchvision.ops import FrozenBatchNorm2d
 
 from tar import UserError
-from tar.models import BACKBONES, STRIDES, build_backbone, build_detector
+from tar.models import BACKBONES, STRIDES, FrozenNorm, build_backbone, build_detector
 
 SMALL = {
     **{"min_size": 64, "max_size": 64, "fpn_channels": 16, "head_channels": 32, "rois": 16},
@@ -159,16 +159,33 @@ def assert_loaded(model, state):
 
 def test_a_loaded_backbone_has_frozen_norm_and_three_trained_stages(r18_file):
     model = detector("r18", backbone_weights=str(r18_file))
-    assert norms(model) == {FrozenBatchNorm2d}
+    assert norms(model) == {FrozenNorm}
     assert trainable(model) == {"layer2", "layer3", "layer4"}
     assert_loaded(model, torch.load(r18_file))
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.001, 0.0])
+def test_frozen_norm_is_torchvisions_and_keeps_the_type(eps):
+    torch.manual_seed(0)
+    mine, theirs = FrozenNorm(6, eps=eps), FrozenBatchNorm2d(6, eps=eps)
+    mine.load_state_dict({k: torch.rand_like(v) + 0.1 for k, v in theirs.state_dict().items()})
+    theirs.load_state_dict(mine.state_dict())
+    x = torch.randn(2, 6, 5, 7, requires_grad=True)
+    weight = torch.randn(2, 6, 5, 7)
+    a, b = mine(x), theirs(x)
+    assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (a, b)]
+    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6)
+    coarse = mine(x.bfloat16())
+    assert coarse.dtype == torch.bfloat16 and torch.allclose(coarse.float(), b, rtol=0.02, atol=0.02)
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in mine.train().state_dict().items())
 
 
 def test_norm_and_trained_stages_can_be_chosen(r18_file):
     model = detector("r18", backbone_weights=str(r18_file), norm="batch", trainable_layers=1)
     assert norms(model) == {nn.BatchNorm2d}
     assert trainable(model) == {"layer4"}
-    assert norms(detector(norm="frozen")) == {FrozenBatchNorm2d}
+    assert norms(detector(norm="frozen")) == {FrozenNorm}
     assert trainable(detector(trainable_layers=0)) == set()
 
 
@@ -192,7 +209,7 @@ def test_imagenet_weights_are_torchvisions_first(monkeypatch, r18_file):
     monkeypatch.setattr(WeightsEnum, "get_state_dict", have)
     model = detector("r18", backbone_weights="imagenet")
     assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1]
-    assert norms(model) == {FrozenBatchNorm2d}
+    assert norms(model) == {FrozenNorm}
     assert_loaded(model, torch.load(r18_file))
 
 

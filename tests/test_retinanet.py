@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from tar import UserError, checkpoint
 from tar.distill import Step
-from tar.models import STRIDES, build_coco_teacher, build_detector
+from tar.models import STRIDES, FrozenNorm, build_coco_teacher, build_detector
 from tar.regions import box_head
 
 LOSSES = {"classification", "bbox_regression"}
@@ -116,7 +116,7 @@ def test_the_head_has_group_norm_from_scratch_and_none_beside_frozen_norm(norm, 
     expected = [(nn.GroupNorm, groups, channels)] * (8 if groups else 0)  # four in each of the two branches
     assert [(type(m), m.num_groups, m.num_channels) for m in found] == expected
     kinds = {type(m) for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
-    assert kinds == {nn.BatchNorm2d if groups else FrozenBatchNorm2d}
+    assert kinds == {nn.BatchNorm2d if groups else FrozenNorm}
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.backbone.fpn.modules()) == bool(groups)
 
 
@@ -392,7 +392,7 @@ def test_mobilenets_stages_are_torchvisions_with_frozen_norm(mobilenet, kind):
     network, path = mobilenet
     model = detector("mobilenet_v3_large", kind=kind, backbone_weights=str(path))
     norms = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)]
-    assert {(type(m), m.eps) for m in norms} == {(FrozenBatchNorm2d, 0.001)} and len(norms) > 40
+    assert {(type(m), m.eps) for m in norms} == {(FrozenNorm, 0.001)} and len(norms) > 40
     stages, x = {}, torch.rand(1, 3, 64, 96)
     with torch.no_grad():
         taken = model.backbone.body(x)
