@@ -22,6 +22,9 @@ class Adapter(nn.Conv2d):
             [n, C'].
         """
         image, row, column = cells
+        device = features.device.type
+        if torch.is_autocast_enabled(device):  # as autocast would, but before the neighbourhoods are made
+            features = features.to(torch.get_autocast_dtype(device))
         padded = F.pad(features.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
         height, width = padded.shape[1:3]
         corner = (image * height + row) * width + column

@@ -37,6 +37,8 @@ RATIOS = {
     "naive_equal_over_tar": ("naive equal", TAR),
     "terms_over_tar": ("terms", TAR),
     "adapters_over_tar": ("adapters", TAR),
+    "alone_over_tar": ("tar alone", TAR),
+    "unused_over_tar": ("tar unused", TAR),
 }
 
 
@@ -89,13 +91,12 @@ def run(args, machine):
     figures = {"about": about}
     if {"steps", "flops", "deployment", "input"} & set(args.parts):
         contestants = Contestants(args, machine)
-        rows = contestants.rows()
+        # what has no DDP around it is no step of a training by several processes
+        rows = contestants.rows() if machine.world == 1 else contestants.rows_of_many()
         unknown = set(args.rows or ()) - rows.keys()
         if unknown:
             raise UserError(f"--rows {' '.join(sorted(unknown))}: there are {', '.join(rows)}")
         rows = {name: row for name, row in rows.items() if name in (args.rows or rows)}
-        if machine.world > 1:  # what has no DDP around it is no step of a training with several processes
-            rows = {name: row for name, row in rows.items() if name in (PLAIN, TAR)}
         if {"adapters", "terms"} & rows.keys():
             contestants.prepare()
     if "steps" in args.parts:
@@ -258,22 +259,30 @@ def deployment(args, machine, contestants, repeats=10):
 
 
 def scaling(args, machine):
-    """Images a second of 1 and of 2 processes of one thread each."""
-    rates = {}
+    """Images a second of 1 and of 2 processes of one thread each, and what DDP costs the two.
+
+    Returns:
+        images_per_second: {processes: {row: of all processes}}; ratios: those of the steps of two.
+    """
+    rates, ratios = {}, {}
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "figures.json"
-            words = again(args, "--parts", "steps", "--rows", PLAIN, TAR, "--rounds", args.rounds, "--threads", 1)
+            words = again(args, "--parts", "steps", "--rounds", args.rounds, "--warmup", args.warmup, "--threads", 1)
+            words += ["--rows", PLAIN, TAR] if processes == 1 else []
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [sys.executable, *torchrun, *words, "--json", str(file)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"the run of {processes} processes failed: {done.stderr.strip().splitlines()[-1]}")
-            per_image = json.loads(file.read_text())["steps"]
-        rates[processes] = {row: 1000 * processes / median(times) for row, times in per_image.items()}
+                raise UserError(f"the run of {processes} processes failed:\n{done.stderr.strip()}")
+            figures = json.loads(file.read_text())
+        rates[processes] = {row: 1000 * processes / median(times) for row, times in figures["steps"].items()}
+        ratios = figures["ratios"]
     lines = [[row, rates[1][row], rates[2][row], f"{rates[2][row] / rates[1][row]:.2f}"] for row in (PLAIN, TAR)]
     machine.say("\n" + markdown(["row", "images/s, 1 process", "2 processes", "ratio"], lines))
-    return rates
+    rows = ratio_rows({name: ratios[name] for name in ("alone_over_tar", "unused_over_tar")})
+    machine.say("\n" + markdown(["ratio, of 2 processes", "median", "min", "max"], rows))
+    return {"images_per_second": rates, "ratios": ratios}
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ learning rate is 0), so that every round is the same work.
 
 import tempfile
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.models.detection.roi_heads import fastrcnn_loss
@@ -119,6 +121,8 @@ class Contestants:
         machine.freeze(self.teacher)
         self.stock_optimizer = sgd(self.stock)()
         self.optimizer = sgd(self.step)(fused=True)
+        copies = [deepcopy(self.step), Step(deepcopy(student))] if machine.world > 1 else []
+        self.copies = [(copy.train(), sgd(copy)(fused=True)) for copy in copies]
         self.wrapped = machine.parallel(self.step)
         images, targets = draw_batch(args.batch_size, *args.image, seed=args.seed + machine.rank)
         self.images = [image.to(device).float() / 255 for image in images]
@@ -150,6 +154,21 @@ class Contestants:
             "terms": ("of the TAR step: masks, gate and losses alone, forward and backward", self.terms),
         }
 
+    def rows_of_many(self):
+        """The rows of a training by several processes, and what DDP costs there."""
+        (unused, its), (plain, plains) = self.copies
+        unused = DistributedDataParallel(unused, find_unused_parameters=True)
+        plain = self.machine.parallel(plain)
+        return {
+            PLAIN: ("our plain student step", partial(self.ours, None, plain, plains)),
+            TAR: ("our TAR step, all three levels", partial(self.ours, Levels())),
+            "tar alone": ("the same, gradients not summed over processes", partial(self.ours, Levels(), self.step)),
+            "tar unused": (
+                "the TAR step, DDP told to find unused parameters",
+                partial(self.ours, Levels(), unused, its),
+            ),
+        }
+
     def in_full_precision(self, step):
         """A step whose float32 is float32, as torch has it unless tar.machine has said otherwise."""
         usual = torch.get_float32_matmul_precision()
@@ -169,11 +188,12 @@ class Contestants:
             losses = self.stock(self.images, self.targets)
         return self.learn(losses.values(), self.stock_optimizer)
 
-    def ours(self, levels):
+    def ours(self, levels, step=None, optimizer=None):
         self.step.levels = levels or Levels()
         with self.machine.autocast():
-            detection, distillation, _ = self.wrapped(self.images, self.targets, self.teacher if levels else None)
-        return self.learn([*detection.values(), *distillation.values()], self.optimizer)
+            given = self.images, self.targets, self.teacher if levels else None
+            detection, distillation, _ = (step or self.wrapped)(*given)
+        return self.learn([*detection.values(), *distillation.values()], optimizer or self.optimizer)
 
     def naive(self, equal=False):
         student, teacher = (self.step.student, self.teacher) if equal else (self.stock, self.stock_teacher)

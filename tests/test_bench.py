@@ -118,6 +118,16 @@ def test_command_line(tmp_path, capsys):
     assert 0 <= figures["input"]["waiting"] < 1 and figures["about"]["amp"] == "none"
 
 
+def test_scaling_runs_one_and_two_processes(tmp_path):
+    file = tmp_path / "figures.json"
+    bench.main([*SMALL, "--parts", "scaling", "--rounds", "1", "--warmup", "0", "--amp", "none", "--json", str(file)])
+    figures = json.loads(file.read_text())["scaling"]
+    assert figures["images_per_second"]["1"].keys() == {PLAIN, TAR}
+    assert all(rate > 0 for rates in figures["images_per_second"].values() for rate in rates.values())
+    assert figures["images_per_second"]["2"].keys() == {PLAIN, TAR, "tar alone", "tar unused"}
+    assert {"alone_over_tar", "unused_over_tar"} <= figures["ratios"].keys()
+
+
 def test_an_unknown_row_is_named(capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main([*SMALL, "--rows", "warp", "--parts", "steps"])
