@@ -270,6 +270,7 @@ def complaint(args):
         ),
         (files and args.dataset != "coco", f"{files and files[0]} needs --dataset coco"),
         (args.keep_empty and args.dataset != "coco", "--keep-empty needs --dataset coco"),
+        (args.voc_years != ["2007"] and args.dataset != "voc", "--voc-years needs --dataset voc"),
         (args.dataset == "coco" and args.split == "val", "--split val: COCO has one split to test on; cut your own"),
         (args.check_data and args.dataset == "shapes", "--check-data reads files, and shapes are drawn"),
         (args.download and args.dataset != "voc", "--download fetches VOC only"),

@@ -20,12 +20,13 @@ STYLE = """
 @media print { :root { --paper: #fff; --ink: #000; --pale: #555; --line: #ccc; } section { break-inside: avoid; } }
 * { box-sizing: border-box; }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 1100px; padding: 1rem; }
+  max-width: 1240px; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
 h3 { font-size: 1rem; margin-bottom: .3rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .15rem .6rem; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap; } td:first-child, th:first-child { text-align: left; }
+table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .15rem .5rem; text-align: right;
+  border-bottom: 1px solid var(--line); white-space: nowrap; } th { white-space: normal; }
+td:first-child, th:first-child { text-align: left; }
 pre { background: color-mix(in srgb, var(--ink) 7%, var(--paper)); padding: .6rem; overflow-x: auto; }
 svg { width: 100%; max-width: 640px; height: auto; display: block; } svg text { fill: var(--ink); font-size: 12px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
@@ -55,11 +56,12 @@ def table(header, rows):
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def ticks(low, high, count=5):
-    """Round numbers from low to high, about count of them."""
+def ticks(low, high, count=5, whole=False):
+    """Round numbers from low to high, about count of them; whole ones only, if so wished."""
     raw = (high - low) / count or 1.0
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw * 0.999)
+    step = max(step, 1.0) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -88,7 +90,7 @@ def plot(title, series, x_name, y_name, y_from_0=True):
         (x0, y0), x1 = at(low_x, y).split(","), at(high_x, y).split(",")[0]
         marks.append(f'<line x1="{x0}" y1="{y0}" x2="{x1}" y2="{y0}" stroke="var(--line)"/>')
         marks.append(f'<text x="{LEFT - 6}" y="{float(y0) + 4:.1f}" text-anchor="end">{y:g}</text>')
-    for x in ticks(low_x, high_x):
+    for x in ticks(low_x, high_x, whole=x_name in ("epoch", "step")):
         across = at(x, low_y).split(",")[0]
         marks.append(f'<text x="{across}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
     marks.append(f'<text x="{(WIDTH + LEFT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{html.escape(x_name)}</text>')

@@ -378,6 +378,7 @@ PAIR = "--student r10 --teacher r18"
         ("--student r10 --inherit", "--inherit needs --teacher BACKBONE"),
         ("--student r10 --train-json x.json", "--train-json needs --dataset coco"),
         ("--student r10 --dataset voc --val-images x", "--val-images needs --dataset coco"),
+        ("--student r10 --voc-years 2012", "--voc-years needs --dataset voc"),
         ("--student r10 --keep-empty", "--keep-empty needs --dataset coco"),
         ("--student r10 --dataset coco --split val", "--split val: COCO has one split"),
         ("--student r10 --dataset coco --download", "--download fetches VOC only"),
