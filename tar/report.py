@@ -17,7 +17,10 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e6e6e6; --pale: #9a9a9a; --line: #3a3d44;
   --c0: #86a8f0; --c1: #f0a45c; --c2: #6fcf92; --c3: #f08cb8; --c4: #b49cf0; --c5: #6ccbdd; --c6: #d8bd6a; --c7: #aaa; }
 }
-@media print { :root { --paper: #fff; --ink: #000; --pale: #555; --line: #ccc; } section { break-inside: avoid; } }
+@media print { :root { --paper: #fff; --ink: #000; --pale: #555; --line: #ccc; }
+  figure, table { break-inside: avoid; } h2, h3 { break-after: avoid; } .plots { grid-template-columns: 1fr 1fr; }
+  .wide, pre { overflow: visible !important; } pre { white-space: pre-wrap !important; font-size: .7rem; }
+  table { font-size: .7rem !important; } td, th { padding: .1rem .3rem !important; } }
 * { box-sizing: border-box; }
 body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
   max-width: 1240px; padding: 1rem; }
@@ -124,7 +127,9 @@ def curves(runs):
         steps = [line for line in run.log if "lr" in line]
         terms = {name: None for line in steps for name in line if name not in NOT_LOSSES}
         rows = {name: smooth([(line["step"], line[name]) for line in steps if name in line]) for name in terms}
-        plots.append(plot(f"{run.name}: loss terms", rows, "step", "mean of the steps since the last line"))
+        for title, taught in (("loss terms", False), ("distillation terms, before their weights", True)):
+            some = {name: row for name, row in rows.items() if name.startswith("distill_") == taught}
+            plots.append(plot(f"{run.name}: {title}", some, "step", "mean of the steps since the last line"))
         top = max(line["lr"] for line in steps) if steps else 0
         if top:
             rate = {f"learning rate / {top:.2g}": [(line["step"], line["lr"] / top) for line in steps]}
@@ -136,7 +141,7 @@ def curves(runs):
             plots.append(plot(f"{run.name}: learning rate, decay, gate", rate, "step", "share"))
     measured = {run.name: [(x["epoch"], x["metrics"]["AP"]) for x in run.log if "metrics" in x] for run in runs}
     plots.insert(0, plot(f"AP on the {runs[0].result['split']} split", measured, "epoch", "AP, percent"))
-    return f'<div class="plots">{"".join(plots)}</div>'
+    return f'<div class="plots">{"".join(filter(None, plots))}</div>'
 
 
 def recall_plot(curves_of_runs):
