@@ -19,7 +19,9 @@ class Adapter(nn.Conv2d):
             cells: image, row and column of n cells, three int64 [n].
 
         Returns:
-            [n, C'].
+            [n, C']. Nine rows a cell are kept for the gradient (at most nine times the features, in the type of
+            autocast), which adds the neighbours in that type: in bf16 it is off by 0.5% where the whole convolution's
+            is by 0.3%.
         """
         image, row, column = cells
         device = features.device.type

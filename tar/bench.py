@@ -91,6 +91,8 @@ def run(args, machine):
     figures = {"about": about}
     if {"steps", "flops", "deployment", "input"} & set(args.parts):
         contestants = Contestants(args, machine)
+        about["covered"] = contestants.covered
+        machine.say(f"boxes cover {100 * contestants.covered:.0f}% of the images")
         # what has no DDP around it is no step of a training by several processes
         rows = contestants.rows() if machine.world == 1 else contestants.rows_of_many()
         unknown = set(args.rows or ()) - rows.keys()
@@ -152,7 +154,8 @@ def steps(args, machine, rows):
 
 
 def flops(args, machine, rows, per_image):
-    """Arithmetic of each kind of step: convolutions and matrix products, two a multiply-add.
+    """Arithmetic of each kind of step: convolutions and matrix products, two a multiply-add. On a GPU the peak of
+    float32 is that of TF32, in which convolutions are done there.
 
     Returns:
         flops: {row: an image}; peak: {type: measured FLOP/s of a large matrix product}; mfu: {row: share of the peak

@@ -24,6 +24,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from tar.adapters import compared
 from tar.distill import Levels, Step, faster_rcnn, retinanet
+from tar.masks import box_mask
 from tar.models import BACKBONES, build_backbone, build_detector
 from tar.regions import box_head, region_proposals
 
@@ -127,6 +128,8 @@ class Contestants:
         images, targets = draw_batch(args.batch_size, *args.image, seed=args.seed + machine.rank)
         self.images = [image.to(device).float() / 255 for image in images]
         self.targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
+        inside = [box_mask(target["boxes"], *args.image, stride=1) for target in targets]
+        self.covered = float(torch.stack(inside).mean())  # by boxes: the adapters work there
         self.prepared = None
         self.ours(Levels())  # fused SGD wants all momenta to begin in the same step
 
@@ -139,7 +142,7 @@ class Contestants:
             for name in levels
         }
         return {
-            STOCK: ("torchvision's student, float32, its own layout", partial(self.in_full_precision, self.stock_step)),
+            STOCK: ("torchvision's student, float32, its own layout", partial(self.as_usual, self.stock_step)),
             "stock autocast": (f"the same under {self.machine.amp} autocast", partial(self.stock_step, True)),
             PLAIN: ("our plain student step", partial(self.ours, None)),
             TAR: ("our TAR step, all three levels", partial(self.ours, Levels())),
@@ -147,7 +150,7 @@ class Contestants:
             **single,
             "naive": (
                 "stock step, the teacher's whole model(images), feature loss by hooks, float32",
-                partial(self.in_full_precision, self.naive),
+                partial(self.as_usual, self.naive),
             ),
             "naive equal": ("the same with our precision and layout", partial(self.naive, True)),
             "adapters": ("of the TAR step: masks and adapters alone, forward and backward", self.adapters),
@@ -169,13 +172,15 @@ class Contestants:
             ),
         }
 
-    def in_full_precision(self, step):
-        """A step whose float32 is float32, as torch has it unless tar.machine has said otherwise."""
+    def as_usual(self, step):
+        """A step with torch's own defaults for float32, whatever tar.machine has said: on a GPU products in float32,
+        convolutions in TF32."""
         usual = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        losses = step()
-        torch.set_float32_matmul_precision(usual)
-        return losses
+        try:
+            return step()
+        finally:
+            torch.set_float32_matmul_precision(usual)
 
     def learn(self, losses, optimizer):
         optimizer.zero_grad()

@@ -2,7 +2,8 @@
 
     python -m tar.gradients --weights runs/demo/tar/last.pth [--batches 8]
 
-A term that is large and points elsewhere than the detection loss is paid for with accuracy.
+A term that is large and points elsewhere than the detection loss is paid for with accuracy. The sizes are those of the
+weighted terms at a decay of 1, wherever in its run the checkpoint was written.
 """
 
 from statistics import mean, stdev

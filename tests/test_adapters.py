@@ -61,3 +61,18 @@ def test_neighbouring_cells_add_up_to_the_same_bits_with_several_threads(dtype):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(g, gradients[0]) for g in gradients)
+
+
+def test_under_autocast_the_gradient_is_as_coarse_as_bf16():
+    torch.manual_seed(0)
+    adapter, features = Adapter(16, 16), torch.randn(2, 16, 12, 12, requires_grad=True)
+    cells, weight = torch.ones(2, 12, 12).nonzero(as_tuple=True), torch.randn(288, 16)
+    exact = torch.autograd.grad((adapter.at(features, cells) * weight).sum(), features)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        answers = adapter.at(features, cells)
+        whole = adapter(features)
+    assert answers.dtype == whole.dtype == torch.bfloat16
+    coarse = torch.autograd.grad((answers * weight).sum(), features)[0]
+    dense = torch.autograd.grad((whole.permute(0, 2, 3, 1).flatten(0, 2) * weight).sum(), features)[0]
+    off = [((g - exact).norm() / exact.norm()).item() for g in (coarse, dense)]
+    assert off[1] < off[0] < 0.01

@@ -124,7 +124,7 @@ def test_two_processes_train_and_say_what_ddp_costs(tmp_path):
     file = tmp_path / "figures.json"
     words = [*SMALL, "--teacher", "r18", "--parts", "steps", "--rounds", "1", "--warmup", "0", "--amp", "none"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tar.bench"]
-    done = subprocess.run([*torchrun, *words, "--json", file], capture_output=True, text=True)
+    done = subprocess.run([*torchrun, *words, "--json", file], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     assert figures["steps"].keys() == {PLAIN, TAR, "tar alone", "tar unused"}
