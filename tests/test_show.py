@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import call, command, read_result
+from tiny_runs import call, read_result
 
 import eval as eval_script
+import train
 from tar import UserError, checkpoint, show
 from tar.distill import Levels, Step
 from tar.export import export, stock
@@ -337,8 +338,7 @@ def test_an_exported_detector_says_the_same_without_this_package(detector, voc, 
     if detector == "retinanet":
         weights = tmp_path / "run/last.pth"
         words = ("--student", "r10", "--detector", detector, "--output", weights.parent)
-        done = command("train.py", *voc.common, *words)
-        assert done.returncode == 0, done.stderr
+        call(train.main, *voc.common, *words)
     model = checkpoint.load_detector(weights)[0]
     if detector == "retinanet":  # it has learnt to be shy so far
         with torch.no_grad():
@@ -375,8 +375,9 @@ def test_export_names_what_is_wrong(voc, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             call(eval_script.main, "--weights", voc.run / "last.pth", "--export", tmp_path / name)
         assert stopped.value.code == 2 and text in capsys.readouterr().err
-    done = command("eval.py", "--weights", voc.run / "last.pth", "--export", tmp_path / "model.pt")
-    assert done.returncode == 0 and "model.pt: the faster-rcnn of" in done.stdout and not done.stderr
+    call(eval_script.main, "--weights", voc.run / "last.pth", "--export", tmp_path / "model.pt")
+    printed = capsys.readouterr()
+    assert "model.pt: the faster-rcnn of" in printed.out and not printed.err
 
 
 def test_onnx_says_the_same(voc, tmp_path):

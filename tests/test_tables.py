@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
-from tiny_runs import ROOT, SMALL, command
+from tiny_runs import ROOT, SMALL, call
 
+import eval as evaluation
+import train
 from tar import options
 from tar.tables import DISTILLED, EQUAL, PLAIN, TEACHER, command_of, rows_of, spread, table_text
 
@@ -105,10 +107,12 @@ class TestRows:
             expected = vars(row.flags(args))
             assert {k for k in again if k not in apart and again[k] != expected[k]} == set()
 
-    def test_a_row_that_cannot_be_is_refused_before_any_is_trained(self, tmp_path):
-        done = command("train.py", *SMALL, "--table", "proposals", "--detector", "retinanet", "--output", tmp_path)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
-        assert "RetinaNet's anchors" in done.stderr and "--table proposals" in done.stderr
+    def test_a_row_that_cannot_be_is_refused_before_any_is_trained(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            call(train.main, *SMALL, "--table", "proposals", "--detector", "retinanet", "--output", tmp_path)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and len(error.strip().splitlines()) == 1
+        assert "RetinaNet's anchors" in error and "--table proposals" in error
         assert not list(tmp_path.iterdir())
 
 
@@ -139,7 +143,7 @@ class TestText:
         assert (spread([1.25]), spread([1.0, 2.0]), spread([]), spread([1.0, None])) == ("1.2", "1.5 ± 0.7", None, None)
 
 
-def test_a_killed_table_is_finished_by_the_same_command(tmp_path):
+def test_a_killed_table_is_finished_by_the_same_command(tmp_path, capsys):
     running = short_table(tmp_path)
     limit = time.monotonic() + 120
     while not list(tmp_path.glob("*/result.json")) and running.poll() is None and time.monotonic() < limit:
@@ -159,9 +163,9 @@ def test_a_killed_table_is_finished_by_the_same_command(tmp_path):
     runs = {run for row in rows.values() for run in row["runs"]}  # if a step costs no more, equal cost is the plain run
     assert len(runs) in (4, 6) and len(results) == len(runs) + 2  # the teachers
 
-    printed = command("eval.py", "--table", "decay", "--results", tmp_path)
-    assert printed.returncode == 0, printed.stderr
-    assert printed.stdout.strip() in out and "student, equal cost" in printed.stdout
+    call(evaluation.main, "--table", "decay", "--results", tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.strip() in out and "student, equal cost" in printed
 
     results = {}
     for title, row in rows.items():
@@ -172,7 +176,9 @@ def test_a_killed_table_is_finished_by_the_same_command(tmp_path):
     assert {r["cost"] for r in results["student, no distillation"]} == {1.0}
 
 
-def test_a_table_that_was_not_run_is_said_in_a_line(tmp_path):
-    done = command("eval.py", "--table", "voc", "--results", tmp_path)
-    assert done.returncode == 2 and "run train.py --table voc first" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_a_table_that_was_not_run_is_said_in_a_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluation.main, "--table", "voc", "--results", tmp_path)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "run train.py --table voc first" in error
+    assert len(error.strip().splitlines()) == 1
