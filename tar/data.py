@@ -7,6 +7,8 @@ wider than high, to group them), `dropped` (images with boxes that could not be 
 box) and `dataset` (COCO's own annotations).
 """
 
+import atexit
+import multiprocessing
 import signal
 
 import numpy as np
@@ -162,6 +164,14 @@ def _deaf(_):
     """A loader process leaves signals to the training: torchrun and Ctrl-C send them to all, and a step is finished."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers():
+    """At the program's end: loader processes that an error has left behind are deaf to the signal that would end them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _lists(batch):
