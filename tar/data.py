@@ -168,7 +168,7 @@ def _deaf(_):
 
 @atexit.register
 def _end_workers():
-    """At the program's end: loader processes that an error has left behind are deaf to the signal that would end them."""
+    """At the program's end: loader processes left behind by an error are deaf to the signal that would end them."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
