@@ -32,7 +32,7 @@ class Adapter(nn.Conv2d):
         corner = (image * height + row) * width + column
         square = torch.arange(3, device=corner.device)
         near = corner[:, None] + (square[:, None] * width + square).flatten()
-        # embedding, for indexing's gradient is six times as slow and not always the same to the bit
+        # embedding, for indexing's gradient takes six times as long
         rows = F.embedding(near, padded.flatten(0, 2)).flatten(1)
         return F.linear(rows, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 

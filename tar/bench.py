@@ -277,7 +277,8 @@ def scaling(args, machine):
             command = [sys.executable, *torchrun, *words, "--json", str(file)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"the run of {processes} processes failed:\n{done.stderr.strip()}")
+                said = [line for line in done.stderr.splitlines() if "rror" in line] or [f"exit code {done.returncode}"]
+                raise UserError(f"the run of {processes} processes failed: {said[0].strip()}")
             figures = json.loads(file.read_text())
         rates[processes] = {row: 1000 * processes / median(times) for row, times in figures["steps"].items()}
         ratios = figures["ratios"]

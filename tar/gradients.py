@@ -19,13 +19,14 @@ from tar.options import COCO_FILES
 from tar.show import Trio, flags_of
 from tar.tables import markdown
 
-CLASSES = ("loss_objectness", "loss_classifier", "classification")  # of the detector's losses; the others place boxes
+# of the detector's losses; the others place boxes
+CLASS_LOSSES = ("loss_objectness", "loss_classifier", "classification")
 GROUPS = {"backbone": "backbone.body.", "pyramid": "backbone.fpn.", "head": ("roi_heads.box_head.", "head.")}
 
 
 def parser():
     p = Parser(prog="python -m tar.gradients", description=__doc__.split("\n")[0])
-    text = "checkpoints of distilled students; the columns are those of each in turn"
+    text = "checkpoints of distilled students; a table for each"
     p.add_argument("--weights", nargs="+", required=True, metavar="FILE", help=text)
     text = "checkpoint of the teacher (default: the one of the student's settings)"
     p.add_argument("--teacher-weights", metavar="FILE", help=text)
@@ -85,8 +86,8 @@ def compare(step: Step, teacher, batch):
     detection, distillation, _ = step(*batch, teacher)
     own = {
         "all": sum(detection.values()),
-        "classes": sum(v for n, v in detection.items() if n in CLASSES),
-        "boxes": sum(v for n, v in detection.items() if n not in CLASSES),
+        "classes": sum(v for n, v in detection.items() if n in CLASS_LOSSES),
+        "boxes": sum(v for n, v in detection.items() if n not in CLASS_LOSSES),
     }
     levels = {name: weight * distillation[name] for name, weight in step.levels.weights().items()}
     gradients = {}

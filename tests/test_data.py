@@ -1,12 +1,15 @@
 """Data sources and loaders, on small folders in VOC's layout and on images made here."""
 
 import re
+import subprocess
+import sys
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import ROOT
 
 from tar import UserError, data, fail
 from tar.data import Samples, load_dataset, load_test_set, make_loader, to_device, train_batches
@@ -231,6 +234,20 @@ def test_an_unreadable_image_is_refused_in_one_line_by_a_worker_too(voc, capsys)
     with pytest.raises(SystemExit):  # torch wraps a worker's error in a traceback: the programs take it off again
         fail("train.py", error.value)
     assert re.fullmatch(f"train.py: error: {re.escape(str(file))}.*\n", capsys.readouterr().err)
+
+
+LEFT_BEHIND = """
+from tar.data import make_loader
+from tar.shapes import Shapes
+left = iter(make_loader(Shapes("train", 8), True, [[(0, i)] for i in range(8)], workers=1))
+next(left)
+"""
+
+
+def test_a_worker_left_behind_does_not_keep_the_program():
+    """As one whose loader processes an error in the middle of an epoch leaves behind."""
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True, timeout=25)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("error", [URLError("no route to host"), RuntimeError("File not found or corrupted.")])
