@@ -235,9 +235,9 @@ def memory(args, machine, rows):
 
 
 @torch.inference_mode()
-def deployment(args, machine, contestants, repeats=10):
+def deployment(args, machine, contestants):
     """Parameters, arithmetic, latency and throughput of both detectors in evaluation."""
-    figures, batch = {}, contestants.images
+    figures, batch, repeats = {}, contestants.images, 2 * args.rounds
     for title, model in (("teacher", contestants.teacher), ("student", contestants.step.student)):
         model.eval()
         with machine.autocast():

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_runs import plain, voc, work  # noqa: F401  (fixtures of several files)
+from beside import begun  # noqa: F401  (a fixture, as those of the next line)
+from tiny_runs import plain, voc  # noqa: F401
 
 from tar.models import build_detector
 

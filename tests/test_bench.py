@@ -8,6 +8,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from beside import beside
 from torch.utils.flop_counter import FlopCounterMode
 
 from tar import bench
@@ -17,22 +18,8 @@ from tar.evaluation import coco_metrics
 from tar.machine import Machine
 from tar.surroundings import drawn_results
 
-SMALL = [
-    "--teacher",
-    "r34",
-    "--student",
-    "r18",
-    "--size",
-    "64",
-    "96",
-    "--image",
-    "64",
-    "80",
-    "--rois",
-    "16",
-    "--device",
-    "cpu",
-]
+FLAGS = "--teacher r34 --student r18 --size 64 96 --image 64 80 --rois 16 --device cpu"
+SMALL = FLAGS.split()
 CPU = Machine(0, 1, torch.device("cpu"), "none")
 
 
@@ -120,13 +107,18 @@ def test_command_line(tmp_path, capsys):
     assert 0 <= figures["input"]["waiting"] < 1 and figures["about"]["amp"] == "none"
 
 
-def test_two_processes_train_and_say_what_ddp_costs(tmp_path):
-    file = tmp_path / "figures.json"
-    words = [*SMALL, "--teacher", "r18", "--parts", "steps", "--rounds", "1", "--warmup", "0", "--amp", "none"]
+@beside
+def two_processes(folder):
+    file = folder / "figures.json"
+    words = [*SMALL, "--parts", "steps", "--rounds", "1", "--warmup", "0", "--amp", "none"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tar.bench"]
     done = subprocess.run([*torchrun, *words, "--json", file], capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
-    figures = json.loads(file.read_text())
+    return json.loads(file.read_text())
+
+
+def test_two_processes_train_and_say_what_ddp_costs(two_processes):
+    figures = two_processes
     assert figures["steps"].keys() == {PLAIN, TAR, "tar alone", "tar unused"}
     assert {"alone_over_tar", "unused_over_tar", "tar_over_plain"} <= figures["ratios"].keys()
 

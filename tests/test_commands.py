@@ -162,7 +162,7 @@ def test_another_student_uses_the_teacher_that_is_there(voc, capsys):
     assert [p for p in voc.run.parent.iterdir() if "r18" in p.name] == [voc.teacher]
 
 
-def test_the_cost_of_a_distillation_is_that_of_training_steps_in_turns(voc, work, monkeypatch):
+def test_the_cost_of_a_distillation_is_that_of_training_steps_in_turns(voc, monkeypatch):
     steps, original = [], train.Step.forward
 
     def forward(self, images, targets, teacher):
@@ -170,12 +170,12 @@ def test_the_cost_of_a_distillation_is_that_of_training_steps_in_turns(voc, work
         return original(self, images, targets, teacher)
 
     monkeypatch.setattr(train.Step, "forward", forward)
-    call(train.main, *voc.flags, "--output", work / "voc/timed")
+    call(train.main, *voc.flags, "--output", voc.run.parent / "timed")
     assert steps == [(True, True)] * STEPS + [(True, True), (True, False)] * 3  # 3 batches
-    assert read_result(work / "voc/timed")["cost"] > 1
+    assert read_result(voc.run.parent / "timed")["cost"] > 1
 
 
-def test_after_the_end_of_the_decay_the_teacher_is_not_asked(voc, work, monkeypatch):
+def test_after_the_end_of_the_decay_the_teacher_is_not_asked(voc, monkeypatch):
     asked, original = [], train.Step.forward
 
     def forward(self, images, targets, teacher):
@@ -184,10 +184,10 @@ def test_after_the_end_of_the_decay_the_teacher_is_not_asked(voc, work, monkeypa
 
     monkeypatch.setattr(train.Step, "forward", forward)
     monkeypatch.setattr(train, "cost_of_distillation", lambda *_: 1.4)  # it asks the teacher, when all is over
-    call(train.main, *voc.flags, "--decay-end", 0.5, "--output", work / "voc/half")
-    steps, _ = read_log(work / "voc/half")
+    call(train.main, *voc.flags, "--decay-end", 0.5, "--output", voc.run.parent / "half")
+    steps, _ = read_log(voc.run.parent / "half")
     assert asked == [True] * 3 + [False] * 3
-    assert read_result(work / "voc/half")["cost"] == pytest.approx(1.2)
+    assert read_result(voc.run.parent / "half")["cost"] == pytest.approx(1.2)
     assert [line["decay"] for line in steps] == pytest.approx([1, 2 / 3, 1 / 3, 0, 0, 0], abs=1e-6)
     assert all(("distill_cls" in line) == with_teacher for line, with_teacher in zip(steps, asked, strict=True))
 

@@ -10,6 +10,7 @@ import parallel_equality
 import pytest
 import torch
 import torch.distributed as dist
+from beside import beside
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,10 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # A run of two processes
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+@beside
+def runs(folder):
     """A plain teacher, and a student distilled for half of its run, trained by two processes with one command."""
-    folder = tmp_path_factory.mktemp("distributed")
     small = "--size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --anchor-scale 4 --workers 0"
     short = "--epochs 2 --batch-size 3 --limit-train 12 --limit-test 7 --log-every 1 --threads 1 --amp none"
     models = f"--eval-every 1 --decay-end 0.5 --device cpu --student r10 --teacher r18 --output {folder}/student"
@@ -142,9 +142,8 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def halves(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("halves")
+@beside
+def halves(folder):
     torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
 
@@ -162,9 +161,14 @@ def test_one_process_counts_for_itself():
     assert over_processes(torch.tensor(3.0)) == 3 and over_processes(torch.tensor(0.0), least=1.0) == 1
 
 
-def test_every_term_of_whole_detectors_gives_the_gradient_of_the_whole():
+@beside
+def detectors(_):
     name = "a process without boxes"  # the other batches, and four processes: python tests/parallel_equality.py
-    rows = parallel_equality.table([1, 2], batches={name: parallel_equality.BATCHES[name]})
+    return parallel_equality.table([1, 2], batches={name: parallel_equality.BATCHES[name]})
+
+
+def test_every_term_of_whole_detectors_gives_the_gradient_of_the_whole(detectors):
+    rows = detectors
     assert len(rows) == 2 * (8 + 6)
     assert max(difference for difference, _ in rows.values()) < 1e-6
     assert all(not_zero for _, not_zero in rows.values())

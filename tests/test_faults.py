@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
 from bad_input import flip
+from beside import beside
 from fault_injection import COMMON, ROOT, inject, same, weights
-from tiny_runs import SMALL, call, read_log, read_result
+from tiny_runs import SMALL, call, command, read_log, read_result
 from torch import nn
 
 import train
@@ -27,32 +29,41 @@ from tar.models import build_backbone
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory):
-    """A distilled student's flags; its teacher is there."""
-    teacher = tmp_path_factory.mktemp("teacher") / "r18"
-    call(train.main, *COMMON, "--student", "r18", "--output", teacher)
-    return [*COMMON, "--student", "r10", "--teacher", "r18", "--teacher-weights", str(teacher / "last.pth")]
+@beside
+def killed(folder):
+    """A distilled student's flags, its run without interruption, and what came of those that were killed."""
+    for name in ("teacher", "alone", "one", "two"):
+        (folder / name).mkdir()
+    done = command("train.py", *COMMON, "--student", "r18", "--output", folder / "teacher")
+    assert done.returncode == 0, done.stderr
+    weights = str(folder / "teacher/last.pth")
+    flags = [*COMMON, "--student", "r10", "--teacher", "r18", "--teacher-weights", weights]
+    done = command("train.py", *flags, "--output", folder / "alone")
+    assert done.returncode == 0, done.stderr
+    one = inject(folder / "one", flags, ["write 4 0.6", "rename 3 0"], say=lambda _: None, alone=folder / "alone")
+    two = inject(folder / "two", flags, ["step 6 0"], processes=2, say=lambda _: None)
+    return Namespace(flags=flags, alone=folder / "alone", one=one, two=two)
 
 
-@pytest.fixture(scope="module")
-def alone(flags, tmp_path_factory):
-    """The same student, trained without interruption."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    call(train.main, *flags, "--output", folder)
-    return folder
+@pytest.fixture
+def flags(killed):
+    return killed.flags
+
+
+@pytest.fixture
+def alone(killed):
+    return killed.alone
 
 
 # Killed, told to stop
 
 
-def test_runs_killed_inside_a_write_and_between_two_names_end_equal(flags, alone, tmp_path):
-    rows = inject(tmp_path, flags, ["write 4 0.6", "rename 3 0"], say=lambda _: None, alone=alone)
-    assert [(starts, equal) for _, starts, equal in rows] == [(2, True)] * 2
+def test_runs_killed_inside_a_write_and_between_two_names_end_equal(killed):
+    assert [(starts, equal) for _, starts, equal in killed.one] == [(2, True)] * 2
 
 
-def test_a_process_that_is_killed_under_torchrun_is_started_again_and_ends_equal(flags, tmp_path):
-    [(_, starts, equal)] = inject(tmp_path, flags, ["step 6 0"], processes=2, say=lambda _: None)
+def test_a_process_that_is_killed_under_torchrun_is_started_again_and_ends_equal(killed):
+    [(_, starts, equal)] = killed.two
     assert starts == 1 and equal
 
 

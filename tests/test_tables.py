@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
+from beside import beside
 from tiny_runs import ROOT, SMALL, call
 
 import eval as evaluation
@@ -143,33 +145,43 @@ class TestText:
         assert (spread([1.25]), spread([1.0, 2.0]), spread([]), spread([1.0, None])) == ("1.2", "1.5 ± 0.7", None, None)
 
 
-def test_a_killed_table_is_finished_by_the_same_command(tmp_path, capsys):
-    running = short_table(tmp_path)
+@beside
+def killed_table(folder):
+    """A table killed after its first run, and finished: its folder, the runs then and now, and what was printed."""
+
+    def results():
+        return {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
+
+    running = short_table(folder)
     limit = time.monotonic() + 120
-    while not list(tmp_path.glob("*/result.json")) and running.poll() is None and time.monotonic() < limit:
+    while not results() and running.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/result.json")}
-    assert 1 <= len(done) < 8
-    running = short_table(tmp_path)
+    before = results()
+    running = short_table(folder)
     out, error = running.communicate(timeout=150)
     assert running.returncode == 0, error
-    results = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/result.json")}
-    assert done.items() <= results.items()  # what was done is kept
-    [note] = tmp_path.glob("table-decay-shapes-faster-rcnn.json")
+    return Namespace(folder=folder, before=before, after=results(), out=out)
+
+
+def test_a_killed_table_is_finished_by_the_same_command(killed_table, capsys):
+    folder, results = killed_table.folder, killed_table.after
+    assert 1 <= len(killed_table.before) < 8
+    assert killed_table.before.items() <= results.items()  # what was done is kept
+    [note] = folder.glob("table-decay-shapes-faster-rcnn.json")
     rows = {row["title"]: row for row in json.loads(note.read_text())["rows"]}
     assert [len(row["runs"]) for row in rows.values()] == [2, 2, 2]
     runs = {run for row in rows.values() for run in row["runs"]}  # if a step costs no more, equal cost is the plain run
     assert len(runs) in (4, 6) and len(results) == len(runs) + 2  # the teachers
 
-    call(evaluation.main, "--table", "decay", "--results", tmp_path)
+    call(evaluation.main, "--table", "decay", "--results", folder)
     printed = capsys.readouterr().out
-    assert printed.strip() in out and "student, equal cost" in printed
+    assert printed.strip() in killed_table.out and "student, equal cost" in printed
 
     results = {}
     for title, row in rows.items():
-        files = [tmp_path / run / "result.json" for run in row["runs"]]
+        files = [folder / run / "result.json" for run in row["runs"]]
         results[title] = [json.loads(file.read_text()) for file in files]
     cost = sum(result["cost"] for result in results["all three levels, decay linear"]) / 2
     assert {r["epochs"] for r in results["student, equal cost"]} == {max(1, -int(-cost // 1))}

@@ -8,8 +8,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+from beside import beside
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,30 +80,26 @@ def write_voc(folder, classes, lists):
     return folder
 
 
-@pytest.fixture(scope="session")
-def work(tmp_path_factory):
-    return tmp_path_factory.mktemp("commands")
-
-
-@pytest.fixture(scope="session")
-def plain(work):
+@beside
+def plain(folder):
     """A plain student on drawn shapes: its flags, its folder and what was printed."""
-    flags = [*SMALL, "--student", "r10", "--output", work / "plain"]
+    flags = [*SMALL, "--student", "r10", "--output", folder / "plain"]
     done = command("train.py", *flags)
     assert done.returncode == 0, done.stderr
-    return Namespace(flags=flags, run=work / "plain", out=done.stdout)
+    return Namespace(flags=flags, run=folder / "plain", out=done.stdout)
 
 
-@pytest.fixture(scope="session")
-def voc(work):
+@beside
+def voc(folder):
     """A student and its teacher on a folder in VOC's layout."""
-    data = write_voc(work / "discs", ("disc", "square"), {"trainval": 12, "test": 6})
+    data = write_voc(folder / "discs", ("disc", "square"), {"trainval": 12, "test": 6})
     common = [*SMALL, "--dataset", "voc", "--data-path", data]
-    flags = [*common, *WEIGHTS, "--student", "r10", "--teacher", "r18", "--output", work / "voc/student"]
+    flags = [*common, *WEIGHTS, "--student", "r10", "--teacher", "r18", "--output", folder / "voc/student"]
     done = command("train.py", *flags)
     assert done.returncode == 0, done.stderr
-    teacher = next(p for p in (work / "voc").iterdir() if p.name != "student")
-    return Namespace(flags=flags, common=common, data=data, run=work / "voc/student", teacher=teacher, out=done.stdout)
+    run = folder / "voc/student"
+    teacher = next(p for p in run.parent.iterdir() if p != run)
+    return Namespace(flags=flags, common=common, data=data, run=run, teacher=teacher, out=done.stdout)
 
 
 # A plain run
