@@ -27,7 +27,8 @@ import train
 from tar import checkpoint
 
 TRAINS = None
-QUICK = [*SMALL, "--epochs", "1", "--limit-train", "4", "--limit-test", "2", "--student", "r10"]
+SHORT = "--epochs 1 --limit-train 4 --limit-test 2 --student r10 --optimizer sgd --momentum 0 --lr 0.001"
+QUICK = [*SMALL, *SHORT.split()]
 CLASSES = ("disc", "square")
 CASES = {}  # name: (what spoils a fresh folder and returns flags, what the refusal names, or TRAINS)
 

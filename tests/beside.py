@@ -1,6 +1,7 @@
 """Long runs of processes of their own: they are made on the second core while the tests go on."""
 
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 
 import pytest
 
@@ -8,7 +9,10 @@ RUNS = {}
 
 
 def beside(function):
-    """A session fixture: what the function of an empty folder gives. It was begun before the first test."""
+    """A session fixture: what the function gives, of an empty folder and of the runs that its arguments name.
+
+    It is begun before the first test.
+    """
     name = function.__name__
     RUNS[name] = function
 
@@ -22,7 +26,18 @@ def beside(function):
 @pytest.fixture(scope="session", autouse=True)
 def begun(request, tmp_path_factory):
     """{name: future} of the runs that the chosen tests ask for, one after another in the order of the tests."""
-    names = dict.fromkeys(name for item in request.session.items for name in item.fixturenames if name in RUNS)
-    pool = ThreadPoolExecutor(1)
-    yield {name: pool.submit(RUNS[name], tmp_path_factory.mktemp(name)) for name in names}
+    pool, futures = ThreadPoolExecutor(1), {}
+
+    def begin(name):
+        if name not in futures:
+            first = [begin(other) for other in list(signature(RUNS[name]).parameters)[1:]]
+            folder = tmp_path_factory.mktemp(name)
+            futures[name] = pool.submit(lambda: RUNS[name](folder, *[future.result() for future in first]))
+        return futures[name]
+
+    for item in request.session.items:
+        for name in item.fixturenames:
+            if name in RUNS:
+                begin(name)
+    yield futures
     pool.shutdown(cancel_futures=True)

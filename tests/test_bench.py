@@ -9,6 +9,7 @@ from itertools import cycle
 import pytest
 import torch
 from beside import beside
+from tiny_runs import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from tar import bench
@@ -92,12 +93,21 @@ def test_kinds_of_step_take_turns_and_ratios_are_of_one_round(monkeypatch):
     assert figures["ratios"]["plain_over_stock"] == pytest.approx({"median": 0.25, "min": 0.25, "max": 0.3})
 
 
-def test_command_line(tmp_path, capsys):
-    file = tmp_path / "figures.json"
+@beside
+def benched(folder):
+    file = folder / "figures.json"
     parts = ["--parts", "steps", "flops", "deployment", "input", "--rounds", "1", "--warmup", "0"]
     parts += ["--rows", "stock", "plain", "tar", "floor", "naive", "naive equal"]
-    bench.main([*SMALL, "--threads", "1", "--amp", "none", *parts, "--json", str(file)])
-    figures, out = json.loads(file.read_text()), capsys.readouterr().out
+    words = [*SMALL, "--threads", "1", "--amp", "none", *parts, "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tar.bench", *words], cwd=ROOT, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text()), done.stdout
+
+
+def test_command_line(benched):
+    figures, out = benched
     for name in ("tar_over_stock", "plain_over_stock", "tar_over_floor", "naive_over_tar", "naive_equal_over_tar"):
         assert 0 < figures["ratios"][name]["min"] <= figures["ratios"][name]["median"]
         assert name in out
@@ -112,7 +122,7 @@ def two_processes(folder):
     file = folder / "figures.json"
     words = [*SMALL, "--parts", "steps", "--rounds", "1", "--warmup", "0", "--amp", "none"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tar.bench"]
-    done = subprocess.run([*torchrun, *words, "--json", file], capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*torchrun, *words, "--json", file], cwd=ROOT, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     return json.loads(file.read_text())
 

@@ -30,41 +30,25 @@ CPU = torch.device("cpu")
 
 
 @beside
-def killed(folder):
-    """A distilled student's flags, its run without interruption, and what came of those that were killed."""
-    for name in ("teacher", "alone", "one", "two"):
-        (folder / name).mkdir()
+def taught(folder):
+    """A distilled student's flags, and its run without interruption."""
     done = command("train.py", *COMMON, "--student", "r18", "--output", folder / "teacher")
     assert done.returncode == 0, done.stderr
     weights = str(folder / "teacher/last.pth")
     flags = [*COMMON, "--student", "r10", "--teacher", "r18", "--teacher-weights", weights]
     done = command("train.py", *flags, "--output", folder / "alone")
     assert done.returncode == 0, done.stderr
-    one = inject(folder / "one", flags, ["write 4 0.6", "rename 3 0"], say=lambda _: None, alone=folder / "alone")
-    two = inject(folder / "two", flags, ["step 6 0"], processes=2, say=lambda _: None)
-    return Namespace(flags=flags, alone=folder / "alone", one=one, two=two)
+    return Namespace(flags=flags, alone=folder / "alone")
 
 
 @pytest.fixture
-def flags(killed):
-    return killed.flags
+def flags(taught):
+    return taught.flags
 
 
 @pytest.fixture
-def alone(killed):
-    return killed.alone
-
-
-# Killed, told to stop
-
-
-def test_runs_killed_inside_a_write_and_between_two_names_end_equal(killed):
-    assert [(starts, equal) for _, starts, equal in killed.one] == [(2, True)] * 2
-
-
-def test_a_process_that_is_killed_under_torchrun_is_started_again_and_ends_equal(killed):
-    [(_, starts, equal)] = killed.two
-    assert starts == 1 and equal
+def alone(taught):
+    return taught.alone
 
 
 def test_deterministic_changes_nothing_on_a_cpu(flags, alone, tmp_path):
@@ -80,28 +64,6 @@ def test_deterministic_changes_nothing_on_a_cpu(flags, alone, tmp_path):
 def test_a_deterministic_run_on_a_gpu_that_is_killed_ends_equal(flags, tmp_path):
     rows = inject(tmp_path, [*flags, "--device", "cuda", "--deterministic"], ["step 5 0"], say=lambda _: None)
     assert [equal for _, _, equal in rows] == [True]
-
-
-@pytest.mark.parametrize(("number", "code", "workers"), [(signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 0)])
-def test_a_signal_to_all_processes_ends_the_step_saves_and_ends_with_its_code(
-    flags, alone, tmp_path, number, code, workers
-):
-    run = tmp_path / "run"
-    words = [sys.executable, "train.py", *flags, "--workers", str(workers), "--log-every", "1", "--output", str(run)]
-    running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    limit = time.monotonic() + 60
-    while not (run / "log.jsonl").exists() and time.monotonic() < limit:
-        time.sleep(0.01)
-    os.killpg(running.pid, number)
-    _, error = running.communicate(timeout=60)
-    assert running.returncode == code and "the same command goes on" in error.splitlines()[-1]
-    assert "Traceback" not in error
-    saved = checkpoint.load(run / "last.pth")
-    assert len(read_log(run)[0]) == saved["epoch"] * 4 + saved["batch"] < 12
-    call(train.main, *flags, "--log-every", "1", "--output", run)
-    assert same(weights(run), weights(alone))
-    assert [line["step"] for line in read_log(run)[0]] == list(range(1, 13))
-    assert read_result(run)["AP"] == read_result(alone)["AP"]
 
 
 # Checkpoints that are damaged, disks that are full
@@ -367,3 +329,60 @@ def test_a_backbone_with_frozen_batch_norm_trains(tmp_path, detector):
     flags = ["--student", "r10", "--backbone-weights", tmp_path / "r10.pth", "--detector", detector]
     call(train.main, *SMALL, *flags, "--output", tmp_path / "run")
     assert read_result(tmp_path / "run")["epochs"] == 2
+
+
+# Killed, told to stop
+
+
+@beside
+def killed(folder, taught):
+    rows = inject(folder, taught.flags, ["write 4 0.6", "rename 3 0"], say=lambda _: None, alone=taught.alone)
+    return [(starts, equal) for _, starts, equal in rows]
+
+
+def test_runs_killed_inside_a_write_and_between_two_names_end_equal(killed):
+    assert killed == [(2, True)] * 2
+
+
+@beside
+def restarted(folder, taught):
+    return inject(folder, taught.flags, ["step 6 0"], processes=2, say=lambda _: None)
+
+
+def test_a_process_that_is_killed_under_torchrun_is_started_again_and_ends_equal(restarted):
+    [(_, starts, equal)] = restarted
+    assert starts == 1 and equal
+
+
+SIGNALS = {signal.SIGTERM: (143, 2), signal.SIGINT: (130, 0)}  # exit code, loader processes
+
+
+@beside
+def stopped(folder, taught):
+    """{signal: the exit code and the errors of a run whose processes all got it}."""
+    ends = {}
+    for number, (_, workers) in SIGNALS.items():
+        run = folder / number.name
+        more = ["--workers", str(workers), "--log-every", "1", "--output", str(run)]
+        words = [sys.executable, "train.py", *taught.flags, *more]
+        running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        limit = time.monotonic() + 60
+        while not (run / "log.jsonl").exists() and time.monotonic() < limit:
+            time.sleep(0.01)
+        os.killpg(running.pid, number)
+        _, error = running.communicate(timeout=60)
+        ends[number] = (run, running.returncode, error)
+    return ends
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_to_all_processes_ends_the_step_saves_and_ends_with_its_code(flags, alone, stopped, number):
+    run, code, error = stopped[number]
+    assert code == SIGNALS[number][0] and "the same command goes on" in error.splitlines()[-1]
+    assert "Traceback" not in error
+    saved = checkpoint.load(run / "last.pth")
+    assert len(read_log(run)[0]) == saved["epoch"] * 4 + saved["batch"] < 12
+    call(train.main, *flags, "--log-every", "1", "--output", run)
+    assert same(weights(run), weights(alone))
+    assert [line["step"] for line in read_log(run)[0]] == list(range(1, 13))
+    assert read_result(run)["AP"] == read_result(alone)["AP"]
