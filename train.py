@@ -52,12 +52,13 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-def distil(args, machine, parent=None, name=None):
+def distil(args, machine, parent=None, name=None, title=None):
     """One student, and its teacher first where it has none yet.
 
     Args:
         parent: folder of the runs; default that of --output, or runs/.
         name: of the run's folder; default --output's, or one made of the settings.
+        title: what the run is called while it trains; default its models.
 
     Returns:
         {title: result.json's dict} of the teacher, if it was trained here, and the student; the student's folder.
@@ -75,10 +76,10 @@ def distil(args, machine, parent=None, name=None):
         teacher_args = teacher_of(args)
         teacher_args.output = parent / run_name(teacher_args, machine)
         machine.say(f"Teacher {args.teacher}: {teacher_args.output}")
-        results[f"teacher {args.teacher}"] = train(teacher_args, data, machine)
+        results[f"teacher {args.teacher}"] = train(teacher_args, data, machine, f"teacher {args.teacher}")
         args = changed(args, teacher_weights=teacher_args.output / "last.pth")
     folder = parent / (name or run_name(args, machine))
-    results[title_of(args)] = train(changed(args, output=folder), data, machine)
+    results[title_of(args)] = train(changed(args, output=folder), data, machine, title or title_of(args))
     return results, folder
 
 
@@ -114,18 +115,19 @@ def title_of(args):
     return f"TAR {args.student} from {args.teacher}" if args.teacher else f"plain {args.student}"
 
 
-def train(args, data, machine):
+def train(args, data, machine, title):
     """One run, from the flags to result.json; goes on where an earlier one stopped, returns at once if it had ended.
 
     Args:
         args: flags with student and output set; with teacher, also teacher_weights.
         data: the training and the test source.
+        title: what the run is called in what is printed.
 
     Returns:
         dict: what result.json holds.
     """
     train_set, test_set = data
-    output, settings, title = Path(args.output), settings_of(args, machine), title_of(args)
+    output, settings = Path(args.output), settings_of(args, machine)
     result = machine.in_turn(find_run, output, settings)
     if result:
         machine.say(f"{title}: {output} has ended, AP {cell(result['AP'])}")

@@ -138,8 +138,8 @@ def run_table(args, machine, distil):
 
     Args:
         args: flags; student and teacher may be missing. Without --table: the demonstration, in folders of its own.
-        distil: train.py's function for a run: (args, machine, parent folder, name of its folder or None) ->
-            ({title: result.json's dict}, the student's last, and its folder).
+        distil: train.py's function for a run: (args, machine, parent folder, name of its folder or None, its title)
+            -> ({title: result.json's dict}, the student's last, and its folder).
     """
     teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
     args = changed(args, student=args.student or student, teacher=args.teacher or teacher)
@@ -163,7 +163,8 @@ def run_table(args, machine, distil):
         flags = row.flags(args, epochs)
         row.command = command_of(flags)
         for seed in range(args.seed, args.seed + args.seeds):
-            trained, folder = distil(changed(flags, seed=seed), machine, parent, row.folder)
+            title = f"{row.title}, seed {seed}" if args.seeds > 1 else row.title
+            trained, folder = distil(changed(flags, seed=seed), machine, parent, row.folder, title)
             results.setdefault(row.title, []).append(list(trained.values())[-1])
             row.runs.append(folder.name)
         images = results[row.title][0]["test_images"]
