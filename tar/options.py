@@ -21,7 +21,7 @@ DISTILLATION = (
 ENDLESS = ("none", "step")  # decays that do not reach 0
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 TABLE_DATASETS = {"voc": "voc", "coco": "coco", "retinanet": "coco"}  # of the paper's tables; of the others: shapes
-TABLES = ("shapes", "voc", "coco", "retinanet", "masks", "sigma2", "decay", "gates", "proposals")
+TABLES = ("shapes", "voc", "coco", "retinanet", "claim", "teachers", "masks", "sigma2", "decay", "gates", "proposals")
 
 
 def parser():

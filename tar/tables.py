@@ -44,6 +44,15 @@ ROWS = {
         ("teacher r152", (TEACHER, "r152"), None),
     ),
     "retinanet": (("student, no distillation", PLAIN, None), ("TAR", {}, "+2.3"), ("teacher", TEACHER, None)),
+    "claim": (("student, no distillation", PLAIN, None), ("TAR", {}, None), ("teacher", TEACHER, None)),
+    "teachers": (
+        ("student, no distillation", PLAIN, None),
+        *(
+            row
+            for t in ("r18", "r34", "r50", "r101")
+            for row in ((f"TAR from {t}", {"teacher": t}, None), (f"teacher {t}", (TEACHER, t), None))
+        ),
+    ),
     "masks": (
         ("student, no distillation", PLAIN, None),
         *(
@@ -143,7 +152,7 @@ def run_table(args, machine, distil):
     """
     teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
     args = changed(args, student=args.student or student, teacher=args.teacher or teacher)
-    if args.dataset == "shapes" and args.table in (None, "shapes"):  # as long as a plain student of equal cost, about
+    if args.dataset == "shapes" and not args.teacher_weights:  # as long as a plain student of equal cost, about
         args.teacher_epochs = args.teacher_epochs or args.epochs * 5 // 4
     parent = Path(args.output or ("runs" if args.table else "runs/demo"))
     rows = rows_of(args, parent)
