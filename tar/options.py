@@ -80,7 +80,7 @@ def parser():
     g.add_argument("--teacher", choices=BACKBONES, help="backbone of the teacher; none: train the student plainly")
     text = "checkpoint of the teacher; coco: torchvision's r50 trained on COCO; none: train it first, once"
     g.add_argument("--teacher-weights", metavar="FILE", help=text)
-    text = "epochs of a teacher that is trained first; 0: as many as the student's"
+    text = "epochs of a teacher that is trained first; 0: as many as the student's (in tables on shapes a quarter more)"
     g.add_argument("--teacher-epochs", type=count, default=0, metavar="N", help=text)
     g.add_argument("--student-weights", metavar="FILE", help="checkpoint that the student starts from")
     text = "start the student's pyramid and heads from the teacher's where shapes match (not the paper's)"
@@ -179,7 +179,8 @@ def parser():
     g.add_argument("--seeds", type=positive, default=1, metavar="N", help=text)
 
     g = p.add_argument_group("output")
-    g.add_argument("--output", metavar="DIR", help="run folder (default: runs/ and a name made of the settings)")
+    text = "run folder; of a table: the folder of its runs (default: runs/ and a name made of the settings; runs/)"
+    g.add_argument("--output", metavar="DIR", help=text)
     recipe(g, "--eval-every", "epochs between evaluations; the last is always", type=positive, metavar="N")
     text = "steps between checkpoints; there is one after each epoch too"
     g.add_argument("--save-every", type=positive, default=1000, metavar="N", help=text)

@@ -7,12 +7,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from tar import UserError, checkpoint
-from tar.options import DISTILLATION, LEVELS, complaint, parse, parser
+from tar.options import DISTILLATION, LEVELS, TABLE_DATASETS, complaint, parse, parser
 from tar.recipes import RECIPES
 from tar.runs import changed, read_json, teacher_of
 
 PLAIN, TEACHER, DISTILLED, EQUAL = "plain", "teacher", "distilled", "equal cost"
 PAPERS_TEST_IMAGES = {"voc": 4952, "coco": 5000}  # the paper's figures are shown beside those measured on its data only
+TAUGHT = {"teacher", "teacher_weights", "teacher_epochs"}  # flags that a row of the whole method may change
 
 
 def only(*kept):
@@ -151,6 +152,7 @@ def run_table(args, machine, distil):
             -> ({title: result.json's dict}, the student's last, and its folder).
     """
     teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
+    given = args.teacher
     args = changed(args, student=args.student or student, teacher=args.teacher or teacher)
     if args.dataset == "shapes" and not args.teacher_weights:  # as long as a plain student of equal cost, about
         args.teacher_epochs = args.teacher_epochs or args.epochs * 5 // 4
@@ -160,15 +162,21 @@ def run_table(args, machine, distil):
         wrong = complaint(row.flags(args))
         if wrong:
             raise UserError(f"--table {args.table}, row {row.title}: {wrong}")
+    if (args.teacher_weights or given) and any(row.changes.get("teacher") for row in rows):
+        text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
+        raise UserError(f"--table {args.table}: {text}")
     distilled = [row for row in rows if row.kind == DISTILLED]
-    whole = next((row for row in distilled if not row.changes), distilled[0])
-    results, images = {}, 0
+    whole = [row for row in distilled if row.changes.keys() <= TAUGHT] or distilled  # what equal cost is equal to
+    name, results = args.table or "demo", {}
     for row in sorted(rows, key=lambda row: row.kind == EQUAL):
         epochs = None
         if row.kind == EQUAL:
-            cost = mean(result["cost"] for result in results[whole.title])
-            epochs = max(math.ceil(args.epochs * cost), args.epochs)
-            machine.say(f"\nThe distillation costs {cost:.2f} plain trainings: {epochs} epochs for {args.epochs}.")
+            costs = {r.title: mean(result["cost"] for result in results[r.title]) for r in whole}
+            dearest = max(costs, key=costs.get)
+            epochs = max(math.ceil(args.epochs * costs[dearest]), args.epochs)
+            which = f" ({dearest})" if len(costs) > 1 else ""
+            text = f"costs {costs[dearest]:.2f} plain trainings: {epochs} epochs for {args.epochs}"
+            machine.say(f"\nThe distillation{which} {text}.")
         flags = row.flags(args, epochs)
         row.command = command_of(flags)
         for seed in range(args.seed, args.seed + args.seeds):
@@ -177,21 +185,46 @@ def run_table(args, machine, distil):
             results.setdefault(row.title, []).append(list(trained.values())[-1])
             row.runs.append(folder.name)
         images = results[row.title][0]["test_images"]
-        name = args.table or "demo"
-        about = {"table": name, "dataset": args.dataset, "detector": args.detector, "test_images": images}
-        if machine.main:
-            index = {
-                **about,
-                "rows": [{k: v for k, v in asdict(r).items() if k not in ("changes", "folder")} for r in rows],
-            }
-            checkpoint.save_json(parent / f"table-{name}-{args.dataset}-{args.detector}.json", index)
-    machine.say("\n" + table_text(index, parent))
-    taught = [row for row in rows if row.kind == TEACHER and row.changes.get("teacher") == whole.changes.get("teacher")]
-    if taught:
-        student, teacher = (mean(r["AP"] for r in results[row.title]) for row in (whole, taught[0]))
-        verdict = "passes" if student >= teacher else "does not pass"
-        machine.say(f"\nThe student {verdict} its teacher: {student:.1f} AP against {teacher:.1f}.")
-    machine.say(f"Runs: {parent}. Next: python eval.py --weights {parent / whole.runs[0] / 'last.pth'}")
+        index = {"table": name, "dataset": args.dataset, "detector": args.detector, "test_images": images}
+        index["papers"] = args.table in TABLE_DATASETS and papers_setting(args, images)
+        index["rows"] = [{k: v for k, v in asdict(r).items() if k not in ("changes", "folder")} for r in rows]
+        machine.alone(checkpoint.save_json, parent / f"table-{name}-{args.dataset}-{args.detector}.json", index)
+    machine.alone(lambda: machine.say("\n" + table_text(index, parent)))
+    for row in rows:
+        if row.kind == TEACHER:
+            for pupil in distilled:
+                if pupil.changes.keys() <= TAUGHT and pupil.changes.get("teacher") == row.changes.get("teacher"):
+                    machine.say("\n" + verdict(results[pupil.title], results[row.title], row.changes.get("teacher")))
+    machine.say(f"Runs: {parent}. Next: python eval.py --weights {parent / whole[0].runs[0] / 'last.pth'}")
+
+
+def papers_setting(args, test_images):
+    """Whether a table was measured on the data and with the models of the paper's."""
+    detector = "retinanet" if args.table == "retinanet" else "faster-rcnn"
+    models = (args.detector, args.student, args.teacher) == (detector, "r50", "r101")
+    return models and args.dataset == TABLE_DATASETS[args.table] and test_images == PAPERS_TEST_IMAGES[args.dataset]
+
+
+def main_figure(dataset):
+    """The figure in which gains are counted, and what it is called."""
+    return ("voc07", "VOC07 mAP") if dataset == "voc" else ("AP", "AP")
+
+
+def verdict(students, teachers, name=None):
+    """Whether a student passes its teacher, in words.
+
+    Args:
+        students, teachers: result.json's dicts, of one seed after another.
+        name: of the teacher, where there are several.
+    """
+    figure, title = main_figure(students[0]["dataset"])
+    pairs = [(s[figure], t[figure]) for s, t in zip(students, teachers, strict=True)]
+    student, teacher = (mean(column) for column in zip(*pairs, strict=True))
+    text = f"{student:.1f} {title} against {teacher:.1f}"
+    if len(pairs) > 1:
+        text += f", a difference of {spread([s - t for s, t in pairs])} over {len(pairs)} seeds"
+    said = "passes" if student > teacher else "equals" if student == teacher else "does not pass"
+    return f"The student {said} its teacher{f' {name}' if name else ''}: {text}."
 
 
 def table_text(index, parent):
@@ -202,8 +235,8 @@ def table_text(index, parent):
         parent: the folder of that file and of the runs; rows without a result are shown empty.
     """
     voc = index["dataset"] == "voc"
-    main = "voc07" if voc else "AP"  # the figure in which gains are counted
-    papers = index["test_images"] == PAPERS_TEST_IMAGES.get(index["dataset"]) and any(r["paper"] for r in index["rows"])
+    main, _ = main_figure(index["dataset"])
+    papers = index.get("papers") and any(r["paper"] for r in index["rows"])
     figures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"} | (
         {"voc07": "VOC07 mAP", "voc_area": "VOC area mAP"} if voc else {}
     )

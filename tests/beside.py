@@ -11,9 +11,10 @@ RUNS = {}
 def beside(function):
     """A session fixture: what the function gives, of an empty folder and of the runs that its arguments name.
 
-    It is begun before the first test.
+    It waits in a queue from before the first test; tests must not change what belongs to the whole process meanwhile.
     """
     name = function.__name__
+    assert name not in RUNS, name
     RUNS[name] = function
 
     @pytest.fixture(scope="session", name=name)

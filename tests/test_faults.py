@@ -9,8 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -131,17 +131,20 @@ def test_a_full_disk_loses_no_earlier_checkpoint(flags, alone, tmp_path, capsys)
     assert same(weights(run), weights(alone))
 
 
+def save_on_a_small_disk(path, state):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+    with pytest.raises(UserError, match=f"last.pth: cannot be written .{os.strerror(errno.EFBIG)}"):
+        checkpoint.save(path, state)
+
+
 def test_a_disk_that_fills_in_the_middle_of_a_checkpoint_loses_nothing(tmp_path):
     state = {"model": {"w": torch.zeros(200_000)}, "build": {}, "classes": [], "settings": {}}
     checkpoint.save(tmp_path / "last.pth", state)
     before = (tmp_path / "last.pth").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-    try:
-        with pytest.raises(UserError, match=f"last.pth: cannot be written .{os.strerror(errno.EFBIG)}"):
-            checkpoint.save(tmp_path / "last.pth", state)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    small = get_context("fork").Process(target=save_on_a_small_disk, args=(tmp_path / "last.pth", state))
+    small.start()
+    small.join(60)
+    assert small.exitcode == 0
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"] and (tmp_path / "last.pth").read_bytes() == before
 
 
@@ -354,6 +357,7 @@ def test_a_process_that_is_killed_under_torchrun_is_started_again_and_ends_equal
     assert starts == 1 and equal
 
 
+WHEN_THERE = 'until [ -e "$0" ]; do sleep 0.01; done; kill -s "$1" -- "-$2"'
 SIGNALS = {signal.SIGTERM: (143, 2), signal.SIGINT: (130, 0)}  # exit code, loader processes
 
 
@@ -366,11 +370,12 @@ def stopped(folder, taught):
         more = ["--workers", str(workers), "--log-every", "1", "--output", str(run)]
         words = [sys.executable, "train.py", *taught.flags, *more]
         running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        limit = time.monotonic() + 60
-        while not (run / "log.jsonl").exists() and time.monotonic() < limit:
-            time.sleep(0.01)
-        os.killpg(running.pid, number)
-        _, error = running.communicate(timeout=60)
+        try:  # a process of its own sees the first step at once
+            wait = [run / "log.jsonl", number.name[3:], running.pid]
+            subprocess.run(["bash", "-c", WHEN_THERE, *map(str, wait)], timeout=100, check=True)
+            _, error = running.communicate(timeout=100)
+        finally:
+            running.kill()
         ends[number] = (run, running.returncode, error)
     return ends
 

@@ -1,5 +1,7 @@
 """What a run says of itself while it goes on."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from tiny_runs import SMALL, call
@@ -30,7 +32,7 @@ def test_durations(seconds, words):
 
 def test_a_plain_line_comes_once_an_interval_with_the_time_left(monkeypatch):
     machine, clock = Told(0, 1, torch.device("cpu"), "none"), [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "time", Namespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
     shown = Progress(machine, "plain r10", 2, 100, 8)
     assert list(shown.epoch([1, 2], 1)) == [1, 2]

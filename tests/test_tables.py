@@ -9,13 +9,15 @@ import time
 from argparse import Namespace
 
 import pytest
+import torch
 from beside import beside
 from tiny_runs import ROOT, SMALL, call
 
 import eval as evaluation
 import train
-from tar import options
-from tar.tables import DISTILLED, EQUAL, PLAIN, TEACHER, command_of, rows_of, spread, table_text
+from tar import UserError, options
+from tar.machine import Machine
+from tar.tables import DISTILLED, EQUAL, PLAIN, TEACHER, command_of, rows_of, run_table, spread, table_text
 
 # Two rows of a table, and the one of equal cost: what a bare `--table decay` runs, cut short.
 SHORT = """
@@ -57,7 +59,15 @@ def write_table(folder, results, **about):
             if run:
                 (folder / name / "result.json").write_text(json.dumps(run))
         rows.append({"title": title, "kind": kind, "paper": paper, "command": f"command {number}", "runs": names})
-    return {"table": "voc", "dataset": "voc", "detector": "faster-rcnn", "test_images": 4952, "rows": rows, **about}
+    return {
+        "table": "voc",
+        "dataset": "voc",
+        "detector": "faster-rcnn",
+        "test_images": 4952,
+        "papers": True,
+        "rows": rows,
+        **about,
+    }
 
 
 class TestRows:
@@ -135,7 +145,7 @@ class TestText:
         assert rows["TAR"]["VOC07 mAP"] == "27.0 ± 2.6" and rows["equal"]["AP"] == "-"
         assert "mean ± standard deviation of 3 seeds" in text and "command 1" in text
 
-    @pytest.mark.parametrize("about", [{"test_images": 776}, {"dataset": "shapes"}])
+    @pytest.mark.parametrize("about", [{"papers": False}, {"dataset": "shapes", "papers": False}])
     def test_on_other_data_the_papers_column_is_left_out(self, tmp_path, about):
         runs = {"student": (PLAIN, 70.0, [result(10.0)]), "TAR": (DISTILLED, 74.5, [result(15.0)])}
         text = table_text(write_table(tmp_path, runs, **about), tmp_path)
@@ -143,6 +153,75 @@ class TestText:
 
     def test_a_figure_that_does_not_exist_is_a_dash(self):
         assert (spread([1.25]), spread([1.0, 2.0]), spread([]), spread([1.0, None])) == ("1.2", "1.5 ± 0.7", None, None)
+
+
+class TestRunTable:
+    """run_table() with a function in the place of training."""
+
+    def run(self, folder, words, figures=None, rank=0, images=400):
+        """What is said, the runs in their order as (title, flags), and the note."""
+        args = parsed(words)
+        args.output = folder
+        machine, said, runs = Machine(rank, 1, torch.device("cpu"), "none"), [], []
+        machine.say = said.append
+
+        def distil(flags, machine, parent, name, title):
+            runs.append((title, flags))
+            found = result((figures or {}).get(title.split(",")[0], 40.0), dataset=flags.dataset, test_images=images)
+            found |= {"cost": 1.25 + len(flags.teacher) / 10 if flags.teacher else 1.0, "epochs": flags.epochs}
+            run = parent / (name or f"run{len(runs)}")
+            run.mkdir(parents=True)
+            (run / "result.json").write_text(json.dumps(found))
+            return {"a teacher's title": {}, title: found}, run
+
+        run_table(args, machine, distil)
+        return (
+            "\n".join(said),
+            runs,
+            json.loads((folder / f"table-{args.table}-{args.dataset}-{args.detector}.json").read_text()),
+        )
+
+    def test_rows_run_in_turn_and_equal_cost_is_as_long_as_the_method_costs(self, tmp_path):
+        said, runs, note = self.run(tmp_path, "--table claim --seeds 2 --epochs 6", {"TAR": 50.0, "teacher": 45.0})
+        titles = [title for title, _ in runs]
+        rows = ["student, no distillation", "TAR", "teacher", "student, equal cost"]
+        assert titles == [f"{row}, seed {seed}" for row in rows for seed in (0, 1)]
+        flags = dict(runs)
+        assert [flags[f"{row}, seed 1"].epochs for row in rows] == [6, 6, 7, 10]  # 5/4 of 6; 6 * 1.55
+        assert flags["TAR, seed 0"].teacher_epochs == 7 and flags["TAR, seed 1"].seed == 1
+        assert "costs 1.55 plain trainings: 10 epochs for 6" in said
+        assert "The student passes its teacher: 50.0 AP against 45.0, a difference of 5.0 ± 0.0 over 2 seeds." in said
+        assert [len(row["runs"]) for row in note["rows"]] == [2] * 4 and not note["papers"]
+
+    def test_other_processes_end_it_too(self, tmp_path):
+        self.run(tmp_path / "one", "--table claim", rank=0)
+        with pytest.raises(FileNotFoundError):  # the note, which is written by the first alone
+            self.run(tmp_path / "two", "--table claim", rank=1)
+
+    @pytest.mark.parametrize(("ap", "says"), [(45.0, "equals"), (44.9, "does not pass"), (45.1, "passes")])
+    def test_the_verdict(self, tmp_path, ap, says):
+        said, _, _ = self.run(tmp_path, "--table claim", {"TAR": ap, "teacher": 45.0})
+        assert f"The student {says} its teacher: {ap} AP against 45.0." in said
+
+    def test_on_voc_the_verdict_is_of_vocs_own_figure(self, tmp_path):
+        said, _, note = self.run(tmp_path, "--table voc", {"all three levels": 60.0, "teacher": 50.0}, images=4952)
+        assert "70.0 VOC07 mAP against 60.0" in said and note["papers"]  # result() has VOC07 10 above AP
+
+    @pytest.mark.parametrize("more", ["--student r18", "--detector retinanet", "--dataset shapes"])
+    def test_the_papers_figures_are_shown_for_its_setting_only(self, tmp_path, more):
+        _, _, note = self.run(tmp_path, f"--table voc {more}", images=4952)
+        assert not note["papers"]
+
+    def test_each_teacher_has_its_verdict_and_equal_cost_is_that_of_the_dearest(self, tmp_path):
+        said, runs, _ = self.run(tmp_path, "--table teachers --epochs 10", {"TAR from r50": 41.0})
+        assert said.count("The student") == 4 and "passes its teacher r50: 41.0 AP against 40.0" in said
+        assert "The distillation (TAR from r101) costs 1.65 plain trainings: 17 epochs for 10." in said
+        assert [flags.teacher for _, flags in runs if flags.teacher] == ["r18", "r34", "r50", "r101"]
+
+    @pytest.mark.parametrize("more", ["--teacher r34", "--teacher r34 --teacher-weights some.pth"])
+    def test_teachers_of_ones_own_are_refused_where_the_rows_name_theirs(self, tmp_path, more):
+        with pytest.raises(UserError, match="--table teachers: its rows name their teachers"):
+            self.run(tmp_path, f"--table teachers {more}")
 
 
 @beside
