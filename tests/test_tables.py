@@ -195,7 +195,7 @@ class TestRunTable:
 
     def test_other_processes_end_it_too(self, tmp_path):
         self.run(tmp_path / "one", "--table claim", rank=0)
-        with pytest.raises(FileNotFoundError):  # the note, which is written by the first alone
+        with pytest.raises(FileNotFoundError, match="table-claim"):  # the note, which is written by the first alone
             self.run(tmp_path / "two", "--table claim", rank=1)
 
     @pytest.mark.parametrize(("ap", "says"), [(45.0, "equals"), (44.9, "does not pass"), (45.1, "passes")])
