@@ -1,6 +1,5 @@
 """Runs side by side: their figures, and for two of them where the difference comes from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tar import UserError, checkpoint
 from tar.errors import KINDS
 from tar.evaluation import latency
 from tar.pictures import GAP, LINE, font
-from tar.runs import read_json
+from tar.runs import read_json, read_lines
 from tar.tables import cell, markdown
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "voc07", "voc_area")
@@ -45,8 +44,8 @@ def open_runs(paths):
             if not (folder / name).is_file():
                 why = "the run has not ended" if (folder / "config.json").is_file() else "this is no folder of a run"
                 raise UserError(f"{folder}: has no {name}: {why}")
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        runs.append(Run(folder.name, folder, read_json(folder / "config.json"), read_json(folder / "result.json"), log))
+        config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
+        runs.append(Run(folder.name, folder, config, result, read_lines(folder / "log.jsonl")))
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:

@@ -109,6 +109,14 @@ def read_json(path):
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
+def read_lines(path):
+    """The values of a file of JSON lines; UserError names the file if it is broken or missing."""
+    try:
+        return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as lines of JSON ({error})") from None
+
+
 def append_line(path, value):
     """Adds one value to a file of JSON lines."""
     try:

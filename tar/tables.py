@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from tar import UserError, checkpoint
 from tar.options import DISTILLATION, LEVELS, TABLE_DATASETS, complaint, parse, parser
 from tar.recipes import RECIPES
-from tar.runs import changed, read_json, teacher_of
+from tar.runs import changed, read_json, read_lines, teacher_of
 
 PLAIN, TEACHER, DISTILLED, EQUAL = "plain", "teacher", "distilled", "equal cost"
 PAPERS_TEST_IMAGES = {"voc": 4952, "coco": 5000}  # the paper's figures are shown beside those measured on its data only
@@ -106,6 +106,7 @@ class Row:
     paper: object = None  # its figure in the paper, or the gain
     changes: dict = field(default_factory=dict)  # flags
     folder: str = None  # of its run, where it is not named by its settings
+    teacher: str = None  # title of its teacher's row, of the whole method
     command: str = ""
     runs: list = field(default_factory=list)  # folders, one a seed
 
@@ -125,10 +126,11 @@ def rows_of(args, parent):
     """The rows of the table that the flags name, in its order; without --table those of the demonstration."""
     if args.table is None:
         taught = {"teacher_weights": parent / "teacher/last.pth", "teacher_epochs": 0}
+        title = f"TAR {args.student} from {args.teacher}"
         return [
             Row(f"teacher {args.teacher}", TEACHER, folder="teacher"),
             Row(f"plain {args.student}", PLAIN, folder="plain"),
-            Row(f"TAR {args.student} from {args.teacher}", DISTILLED, changes=taught, folder="tar"),
+            Row(title, DISTILLED, changes=taught, folder="tar", teacher=f"teacher {args.teacher}"),
             Row(f"plain {args.student}, equal cost", EQUAL, folder="plain-equal-cost"),
         ]
     rows = []
@@ -140,6 +142,10 @@ def rows_of(args, parent):
             rows.append(Row(title, kind, paper, {"teacher": teacher[0]} if teacher else {}))
     if args.teacher_weights:  # trained elsewhere
         rows = [row for row in rows if row.kind != TEACHER]
+    titles = {row.changes.get("teacher"): row.title for row in rows if row.kind == TEACHER}
+    for row in rows:
+        if row.kind == DISTILLED and row.changes.keys() <= TAUGHT:
+            row.teacher = titles.get(row.changes.get("teacher"))
     return [*rows, Row("student, equal cost", EQUAL)]
 
 
@@ -190,11 +196,6 @@ def run_table(args, machine, distil):
         index["rows"] = [{k: v for k, v in asdict(r).items() if k not in ("changes", "folder")} for r in rows]
         machine.alone(checkpoint.save_json, parent / f"table-{name}-{args.dataset}-{args.detector}.json", index)
     machine.alone(lambda: machine.say("\n" + table_text(index, parent)))
-    for row in rows:
-        if row.kind == TEACHER:
-            for pupil in distilled:
-                if pupil.changes.keys() <= TAUGHT and pupil.changes.get("teacher") == row.changes.get("teacher"):
-                    machine.say("\n" + verdict(results[pupil.title], results[row.title], row.changes.get("teacher")))
     machine.say(f"Runs: {parent}. Next: python eval.py --weights {parent / whole[0].runs[0] / 'last.pth'}")
 
 
@@ -210,49 +211,35 @@ def main_figure(dataset):
     return ("voc07", "VOC07 mAP") if dataset == "voc" else ("AP", "AP")
 
 
-def verdict(students, teachers, name=None):
-    """Whether a student passes its teacher, in words.
-
-    Args:
-        students, teachers: result.json's dicts, of one seed after another.
-        name: of the teacher, where there are several.
-    """
-    figure, title = main_figure(students[0]["dataset"])
-    pairs = [(s[figure], t[figure]) for s, t in zip(students, teachers, strict=True)]
-    student, teacher = (mean(column) for column in zip(*pairs, strict=True))
-    text = f"{student:.1f} {title} against {teacher:.1f}"
-    if len(pairs) > 1:
-        text += f", a difference of {spread([s - t for s, t in pairs])} over {len(pairs)} seeds"
-    said = "passes" if student > teacher else "equals" if student == teacher else "does not pass"
-    return f"The student {said} its teacher{f' {name}' if name else ''}: {text}."
-
-
 def table_text(index, parent):
-    """A table as Markdown, and under it the command of each row.
+    """A table as Markdown; under it what it says of teacher and student, AP over the epochs, and the rows' commands.
+
+    Gains are taken seed by seed, where both rows have the same seeds.
 
     Args:
         index: what run_table() notes in table-NAME-....json.
         parent: the folder of that file and of the runs; rows without a result are shown empty.
     """
-    voc = index["dataset"] == "voc"
-    main, _ = main_figure(index["dataset"])
-    papers = index.get("papers") and any(r["paper"] for r in index["rows"])
+    voc, rows = index["dataset"] == "voc", index["rows"]
+    main, main_title = main_figure(index["dataset"])
+    papers = index.get("papers") and any(r["paper"] for r in rows)
     figures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"} | (
         {"voc07": "VOC07 mAP", "voc_area": "VOC area mAP"} if voc else {}
     )
-    results = {}
-    for row in index["rows"]:
-        found = [Path(parent) / run / "result.json" for run in row["runs"]]
-        results[row["title"]] = [read_json(file) for file in found if file.is_file()]
-    plain = next((results[row["title"]] for row in index["rows"] if row["kind"] == PLAIN), [])
-    header = ["run", *figures.values(), "gain", *(["paper"] if papers else [])]
+    results, logs = {}, {}
+    for row in rows:
+        ended = [Path(parent) / run for run in row["runs"] if (Path(parent) / run / "result.json").is_file()]
+        results[row["title"]] = [read_json(run / "result.json") for run in ended]
+        logs[row["title"]] = [read_lines(run / "log.jsonl") for run in ended if (run / "log.jsonl").is_file()]
+    plain, equal = (next((results[r["title"]] for r in rows if r["kind"] == kind), []) for kind in (PLAIN, EQUAL))
+    header = ["run", *figures.values(), "gain", "over equal cost", *(["paper"] if papers else [])]
     header += ["parameters (M)", "epochs", "training minutes", "ms an image"]
     lines = []
-    for row in index["rows"]:
+    for row in rows:
         runs = results[row["title"]]
         line = [row["title"], *(spread([r[f] for r in runs]) for f in figures)]
-        gain = runs and plain and row["kind"] != PLAIN
-        line.append(f"{mean(r[main] for r in runs) - mean(r[main] for r in plain):+.1f}" if gain else None)
+        line.append(None if row["kind"] == PLAIN else gain(runs, plain, main))
+        line.append(None if row["kind"] in (PLAIN, EQUAL) else gain(runs, equal, main))
         line += [row["paper"]] if papers else []
         if runs:
             line += [runs[0]["parameters"] / 1e6, runs[0]["epochs"]]
@@ -261,8 +248,83 @@ def table_text(index, parent):
     seeds = max(len(runs) for runs in results.values())
     about = f"{index['test_images']} test images of {index['dataset']}, {index['detector']}; "
     about += f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    commands = "\n".join(f"{row['title']}:\n    {row['command']}" for row in index["rows"] if row["command"])
-    return f"{about}; the gain is in {figures[main]}.\n\n{markdown(header, lines)}\n\n{commands}"
+    parts = [f"{about}; the gain is in {figures[main]}.", markdown(header, lines)]
+    for row in rows:
+        if row.get("teacher") and results[row["title"]] and results[row["teacher"]]:
+            students, name = results[row["title"]], row["teacher"].removeprefix("teacher").strip()
+            text = [verdict(students, results[row["teacher"]], main, main_title, name)]
+            for which, others in (("the same epochs", plain), ("equal cost", equal)):
+                gains = [f"{gain(students, others, f)} {figures[f]}" for f in (main, "AP50") if others]
+                text += [f"Over the plain student of {which}: {', '.join(gains)}."] if gains else []
+            parts.append(" ".join(text))
+    parts += [text for text in (curves_text(logs, main, main_title), gates_text(logs)) if text]
+    parts.append("\n".join(f"{row['title']}:\n    {row['command']}" for row in rows if row["command"]))
+    return "\n\n".join(parts)
+
+
+def verdict(students, teachers, figure, title, name=""):
+    """Whether a student passes its teacher, in words.
+
+    Args:
+        students, teachers: result.json's dicts, of one seed after another.
+        figure, title: what is compared, as main_figure() returns it.
+        name: of the teacher, where there are several.
+    """
+    student, teacher = (mean(r[figure] for r in runs) for runs in (students, teachers))
+    text = f"{student:.1f} {title} against {teacher:.1f}"
+    if len(students) > 1 and len(students) == len(teachers):
+        apart = spread([s[figure] - t[figure] for s, t in zip(students, teachers, strict=True)])
+        text += f", a difference of {apart} over {len(students)} seeds"
+    said = "passes" if student > teacher else "equals" if student == teacher else "does not pass"
+    return f"The student {said} its teacher{f' {name}' if name else ''}: {text}."
+
+
+def gain(runs, others, figure):
+    """How much higher runs end than others, one seed after another: mean, and deviation of several; or None."""
+    if not runs or not others:
+        return None
+    if len(runs) != len(others):  # a table that is under way
+        return f"{mean(r[figure] for r in runs) - mean(r[figure] for r in others):+.1f}"
+    apart = [run[figure] - other[figure] for run, other in zip(runs, others, strict=True)]
+    return f"{mean(apart):+.1f}" + (f" ± {stdev(apart):.1f}" if len(apart) > 1 else "")
+
+
+def curves_text(logs, figure, figure_title):
+    """A figure at each evaluation as Markdown, or None where no run has two.
+
+    Args:
+        logs: {title of a row: log.jsonl's lines of each seed}.
+        figure, figure_title: as main_figure() returns them.
+    """
+    measured = {}
+    for title, runs in logs.items():
+        for log in runs:
+            for line in log:
+                if "metrics" in line:
+                    measured.setdefault(title, {}).setdefault(line["epoch"], []).append(line["metrics"][figure])
+    epochs = sorted({epoch for curve in measured.values() for epoch in curve})
+    if all(len(curve) < 2 for curve in measured.values()):
+        return None
+    rows = [[title, *(spread(curve.get(epoch)) for epoch in epochs)] for title, curve in measured.items()]
+    return f"{figure_title} after so many epochs:\n\n" + markdown(["run", *map(str, epochs)], rows)
+
+
+def gates_text(logs):
+    """The share of positives whose gate is open, percent, in each quarter of a run, as Markdown, or None."""
+    rows = []
+    for title, runs in logs.items():
+        quarters = [[] for _ in range(4)]
+        for log in runs:
+            last, each = max((line["step"] for line in log), default=0), [[] for _ in range(4)]
+            for line in log:
+                if "gate_open" in line:
+                    each[min(4 * line["step"] // (last + 1), 3)].append(100 * line["gate_open"])
+            for values, mine in zip(quarters, each, strict=True):
+                values += [mean(mine)] if mine else []
+        if any(quarters):
+            rows.append([title, *map(spread, quarters)])
+    text = "Positives whose gate is open, percent, in each quarter of a run that asks its teacher:\n\n"
+    return text + markdown(["run", "first", "second", "third", "last"], rows) if rows else None
 
 
 def figures_table(results):
@@ -273,7 +335,7 @@ def figures_table(results):
 
 
 def spread(values):
-    """Figures of several seeds in words: their mean, and their standard deviation if there are two or more."""
+    """Figures of several seeds in words: their mean, and their standard deviation if there are two or more; or None."""
     if not values or None in values:
         return None
     return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

@@ -50,14 +50,16 @@ def result(ap, **more):
 
 
 def write_table(folder, results, **about):
-    """A table's note and its runs: {title: (kind, paper, [result or None, one a seed])}."""
+    """A table's note and its runs: {title: (kind, paper, [result or None, one a seed], [log, one a seed] if any)}."""
     rows = []
-    for number, (title, (kind, paper, runs)) in enumerate(results.items()):
+    for number, (title, (kind, paper, runs, *logs)) in enumerate(results.items()):
         names = [f"run{number}-{seed}" for seed in range(len(runs))]
-        for name, run in zip(names, runs, strict=True):
+        for i, (name, run) in enumerate(zip(names, runs, strict=True)):
             (folder / name).mkdir()
             if run:
                 (folder / name / "result.json").write_text(json.dumps(run))
+            if logs:
+                (folder / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs[0][i]))
         rows.append({"title": title, "kind": kind, "paper": paper, "command": f"command {number}", "runs": names})
     return {
         "table": "voc",
@@ -128,6 +130,15 @@ class TestRows:
         assert not list(tmp_path.iterdir())
 
 
+def tables_in(text):
+    """The Markdown tables of a text: of each {first cell of a row: {column: cell}}."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if line[0] == "|"]
+        found += [{line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}] if lines else []
+    return found
+
+
 class TestText:
     def test_means_deviations_gains_and_the_papers_figure(self, tmp_path):
         runs = {
@@ -136,11 +147,11 @@ class TestText:
             "equal": (EQUAL, None, [None, None, None]),
         }
         text = table_text(write_table(tmp_path, runs), tmp_path)
-        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-        rows = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+        [rows] = tables_in(text)
         assert rows["student"]["AP"] == "13.0 ± 3.6"  # deviations -3, -1, 4: sqrt(26 / 2) = 3.6
         assert rows["TAR"]["AP"] == "17.0 ± 2.6"  # -2, -1, 3: sqrt(14 / 2) = 2.6
-        assert (rows["student"]["gain"], rows["TAR"]["gain"], rows["equal"]["gain"]) == ("-", "+4.0", "-")
+        assert (rows["student"]["gain"], rows["equal"]["gain"]) == ("-", "-")
+        assert rows["TAR"]["gain"] == "+4.0 ± 1.0"  # seed by seed 5, 4, 3
         assert (rows["student"]["paper"], rows["TAR"]["paper"], rows["equal"]["paper"]) == ("70.0", "74.5", "-")
         assert rows["TAR"]["VOC07 mAP"] == "27.0 ± 2.6" and rows["equal"]["AP"] == "-"
         assert "mean ± standard deviation of 3 seeds" in text and "command 1" in text
@@ -150,6 +161,55 @@ class TestText:
         runs = {"student": (PLAIN, 70.0, [result(10.0)]), "TAR": (DISTILLED, 74.5, [result(15.0)])}
         text = table_text(write_table(tmp_path, runs, **about), tmp_path)
         assert "paper" not in text and "74.5" not in text and "one seed" in text and "+5.0" in text
+
+    def test_over_equal_cost_and_the_verdict(self, tmp_path):
+        runs = {
+            "student": (PLAIN, None, [result(30.0), result(31.0)]),
+            "TAR": (DISTILLED, None, [result(40.0), result(44.0)]),
+            "teacher": (TEACHER, None, [result(41.0), result(39.0)]),
+            "equal": (EQUAL, None, [result(36.0), result(42.0)]),
+        }
+        index = write_table(tmp_path, runs, dataset="coco", papers=False)
+        index["rows"][1]["teacher"] = "teacher"
+        text = table_text(index, tmp_path)
+        [rows] = tables_in(text)
+        over = {title: row["over equal cost"] for title, row in rows.items()}
+        assert over == {"student": "-", "TAR": "+3.0 ± 1.4", "teacher": "+1.0 ± 5.7", "equal": "-"}
+        assert rows["equal"]["gain"] == "+8.5 ± 3.5" and rows["teacher"]["gain"] == "+9.5 ± 2.1"
+        said = "The student passes its teacher: 42.0 AP against 40.0, a difference of 2.0 ± 4.2 over 2 seeds."
+        said += " Over the plain student of the same epochs: +11.5 ± 2.1 AP, +11.5 ± 2.1 AP50."
+        assert f"\n{said} Over the plain student of equal cost: +3.0 ± 1.4 AP, +3.0 ± 1.4 AP50.\n" in text
+
+        (tmp_path / "run3-1/result.json").unlink()  # not trained yet: means, for there are no pairs
+        [rows] = tables_in(table_text(index, tmp_path))
+        assert rows["TAR"]["over equal cost"] == "+6.0" and rows["TAR"]["gain"] == "+11.5 ± 2.1"
+
+    def test_the_curve_of_each_row_and_how_often_its_gate_is_open(self, tmp_path):
+        def log(aps, gates):
+            steps = [{"step": i + 1, "gate_open": g} if g is not None else {"step": i + 1} for i, g in enumerate(gates)]
+            return [*steps, *({"step": len(gates), "epoch": e, "metrics": {"AP": ap}} for e, ap in aps.items())]
+
+        plain = [log({4: 10.0, 8: 30.0}, [None] * 8), log({4: 12.0, 8: 33.0}, [None] * 8)]
+        taught = [log({8: 50.0}, [0.5, 0.7, 0.8, 0.8, *[None] * 4]), log({8: 52.0}, [0.4, 0.6, 0.9, 0.9, *[None] * 4])]
+        runs = {
+            "student": (PLAIN, None, [result(30.0), result(33.0)], plain),
+            "TAR": (DISTILLED, None, [result(50.0), result(52.0)], taught),
+        }
+        text = table_text(write_table(tmp_path, runs, dataset="coco"), tmp_path)
+        _, curves, gates = tables_in(text)
+        assert "AP after so many epochs" in text and "gate is open" in text
+        assert curves["student"] == {"run": "student", "4": "11.0 ± 1.4", "8": "31.5 ± 2.1"}
+        assert curves["TAR"] == {"run": "TAR", "4": "-", "8": "51.0 ± 1.4"}
+        # of 8 steps the quarters are 1 and 2, 3 and 4, ...
+        assert gates == {
+            "TAR": {"run": "TAR", "first": "55.0 ± 7.1", "second": "85.0 ± 7.1", "third": "-", "last": "-"}
+        }
+
+    def test_one_evaluation_is_no_curve(self, tmp_path):
+        log = [{"step": 8, "epoch": 8, "metrics": {"AP": 30.0}}]
+        index = write_table(tmp_path, {"student": (PLAIN, None, [result(30.0)], [log])}, dataset="coco")
+        text = table_text(index, tmp_path)
+        assert len(tables_in(text)) == 1
 
     def test_a_figure_that_does_not_exist_is_a_dash(self):
         assert (spread([1.25]), spread([1.0, 2.0]), spread([]), spread([1.0, None])) == ("1.2", "1.5 ± 0.7", None, None)
@@ -205,7 +265,9 @@ class TestRunTable:
 
     def test_on_voc_the_verdict_is_of_vocs_own_figure(self, tmp_path):
         said, _, note = self.run(tmp_path, "--table voc", {"all three levels": 60.0, "teacher": 50.0}, images=4952)
-        assert "70.0 VOC07 mAP against 60.0" in said and note["papers"]  # result() has VOC07 10 above AP
+        assert (
+            "70.0 VOC07 mAP against 60.0" in said and "+20.0 VOC07 mAP, +20.0 AP50" in said and note["papers"]
+        )  # result() has VOC07 10 above AP
 
     @pytest.mark.parametrize("more", ["--student r18", "--detector retinanet", "--dataset shapes"])
     def test_the_papers_figures_are_shown_for_its_setting_only(self, tmp_path, more):
