@@ -279,6 +279,7 @@ def complaint(args):
             args.teacher_weights == "coco" and args.teacher != "r50",
             f"--teacher-weights coco: torchvision's COCO detectors are r50, not {args.teacher}",
         ),
+        (args.optimizer == "adamw" and args.momentum != usual["momentum"], "--momentum is of --optimizer sgd"),
         (args.seeds > 1 and not args.table, "--seeds is of --table; one run has one --seed"),
     ):
         if bad:

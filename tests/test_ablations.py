@@ -383,6 +383,7 @@ PAIR = "--student r10 --teacher r18"
         ("--student r10 --dataset coco --split val", "--split val: COCO has one split"),
         ("--student r10 --dataset coco --download", "--download fetches VOC only"),
         ("--student r10 --seeds 3", "--seeds is of --table"),
+        ("--student r10 --momentum 0.8", "--momentum is of --optimizer sgd"),
         (f"{PAIR} --sigma2 0", "'0' is not a number above 0"),
         (f"{PAIR} --background-weight -1", "--background-weight"),
     ],
