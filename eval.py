@@ -20,7 +20,7 @@ from tar.export import export
 from tar.machine import set_up
 from tar.options import LEVELS, TABLES
 from tar.runs import read_json
-from tar.tables import class_table, markdown, table_text
+from tar.tabulation import class_table, markdown, table_text
 
 GIVEN = ("data_path", "split", "val_json", "val_images", "limit_test", "batch_size", "amp", "teacher_weights")
 

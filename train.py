@@ -26,7 +26,8 @@ from tar.models import build_detector
 from tar.progress import Progress
 from tar.runs import append_line, begin_run, changed, find_run, read_json, run_name, settings_of, teacher_of
 from tar.schedule import decay, learning_rate
-from tar.tables import cell, figures_table, run_table
+from tar.tables import run_table
+from tar.tabulation import cell, figures_table
 from tar.teacher import inherit, read_teacher, start_from
 
 

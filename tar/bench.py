@@ -25,7 +25,7 @@ from tar.contestants import FLOOR, PLAIN, STOCK, TAR, Contestants
 from tar.machine import TYPES, set_up
 from tar.models import BACKBONES, DETECTORS
 from tar.surroundings import from_disk, metrics_time
-from tar.tables import markdown
+from tar.tabulation import markdown
 
 PARTS = ("steps", "flops", "memory", "deployment", "input", "evaluation", "scaling")
 RATIOS = {

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tar import UserError
 from tar.images import oddities
-from tar.tables import markdown
+from tar.tabulation import markdown
 
 SHOWN = 5  # names of each kind
 

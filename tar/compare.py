@@ -11,8 +11,8 @@ from tar import UserError, checkpoint
 from tar.errors import KINDS
 from tar.evaluation import latency
 from tar.pictures import GAP, LINE, font
-from tar.runs import read_json, read_lines
-from tar.tables import cell, markdown
+from tar.runs import read_json, read_log
+from tar.tabulation import cell, markdown
 
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "voc07", "voc_area")
 COLOURS = ((90, 110, 160), (220, 120, 40))
@@ -45,7 +45,7 @@ def open_runs(paths):
                 why = "the run has not ended" if (folder / "config.json").is_file() else "this is no folder of a run"
                 raise UserError(f"{folder}: has no {name}: {why}")
         config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
-        runs.append(Run(folder.name, folder, config, result, read_lines(folder / "log.jsonl")))
+        runs.append(Run(folder.name, folder, config, result, read_log(folder / "log.jsonl")))
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:

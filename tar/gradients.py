@@ -17,7 +17,7 @@ from tar.distill import Step
 from tar.machine import set_up
 from tar.options import COCO_FILES
 from tar.show import Trio, flags_of
-from tar.tables import markdown
+from tar.tabulation import markdown
 
 # of the detector's losses; the others place boxes
 CLASS_LOSSES = ("loss_objectness", "loss_classifier", "classification")

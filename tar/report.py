@@ -7,7 +7,7 @@ import math
 
 from tar.compare import FIGURES
 from tar.pictures import few_colours
-from tar.tables import cell
+from tar.tabulation import cell
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 300, 56, 36, 10  # pixels of a plot
 NOT_LOSSES = ("lr", "decay", "images_per_second", "epoch", "step", "bad_steps", "positives", "gate_open")
@@ -53,7 +53,7 @@ def page(title, sections):
 
 
 def table(header, rows):
-    """A table as HTML; cells as tar.tables.cell writes them."""
+    """A table as HTML; cells as tar.tabulation.cell writes them."""
     head = "".join(f"<th>{html.escape(str(h))}</th>" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(v))}</td>" for v in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -109,12 +109,18 @@ def read_json(path):
         raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
-def read_lines(path):
-    """The values of a file of JSON lines; UserError names the file if it is broken or missing."""
+def read_log(path):
+    """The lines of a run's log.jsonl as dicts; UserError names the file and the line that is broken."""
+    lines = []
     try:
-        return [json.loads(line) for line in Path(path).read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as lines of JSON ({error})") from None
+        for text in Path(path).read_text().splitlines():
+            line = json.loads(text)
+            if "step" not in line:
+                raise ValueError("it has no step")
+            lines.append(line)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: line {len(lines) + 1} is none of a run's log ({error})") from None
+    return lines
 
 
 def append_line(path, value):

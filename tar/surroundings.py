@@ -15,7 +15,7 @@ from tar.contestants import CLASSES, TAR, draw_batch
 from tar.data import make_loader, to_device
 from tar.evaluation import coco_metrics, coco_pair, voc_metrics
 from tar.images import read_image
-from tar.tables import markdown
+from tar.tabulation import markdown
 
 
 class Files:

@@ -17,7 +17,9 @@ import eval as evaluation
 import train
 from tar import UserError, options
 from tar.machine import Machine
-from tar.tables import DISTILLED, EQUAL, PLAIN, TEACHER, command_of, rows_of, run_table, spread, table_text
+from tar.runs import read_log
+from tar.tables import command_of, rows_of, run_table
+from tar.tabulation import DISTILLED, EQUAL, PLAIN, TEACHER, spread, table_text
 
 # Two rows of a table, and the one of equal cost: what a bare `--table decay` runs, cut short.
 SHORT = """
@@ -45,7 +47,7 @@ def short_table(folder):
 
 
 def result(ap, **more):
-    figures = {"AP": ap, "AP50": ap + 20, "AP75": ap - 5, "voc07": ap + 10, "voc_area": ap + 12}
+    figures = {"AP": ap, "AP50": 1.5 * ap, "AP75": 0.8 * ap, "voc07": 2 * ap, "voc_area": 2.5 * ap}
     return {**figures, "parameters": 6_000_000, "epochs": 8, "seconds": 60.0, "cost": 1.2, "ms_per_image": 11.0, **more}
 
 
@@ -139,7 +141,26 @@ def tables_in(text):
     return found
 
 
+def log_of(values, **curve):
+    """A run's log: a line a step with the gate's share, or without for None, and the figures measured at the end."""
+    steps = [{"step": i + 1} | ({} if value is None else {"gate_open": value}) for i, value in enumerate(values)]
+    return [*steps, *({"step": len(steps), "epoch": int(e[1:]), "metrics": figures} for e, figures in curve.items())]
+
+
 class TestText:
+    def four_rows(self, folder, **about):
+        """Two seeds of a method that costs 1.2 plain trainings of 8 epochs; AP50 is 1.5 AP."""
+        runs = {
+            "student": (PLAIN, None, [result(30.0), result(31.0)]),
+            "part": (DISTILLED, None, [result(33.0), result(33.0, cost=1.4)]),  # 1.3 and 8 epochs: more than 10
+            "TAR": (DISTILLED, None, [result(40.0), result(44.0)]),
+            "teacher": (TEACHER, None, [result(41.0), result(39.0)]),
+            "equal": (EQUAL, None, [result(36.0, epochs=10), result(42.0, epochs=10)]),
+        }
+        index = write_table(folder, runs, **{"dataset": "coco", "papers": False, **about})
+        index["rows"][2] |= {"whole": True, "teacher_row": "teacher"}
+        return index
+
     def test_means_deviations_gains_and_the_papers_figure(self, tmp_path):
         runs = {
             "student": (PLAIN, 70.0, [result(10.0), result(12.0), result(17.0)]),
@@ -151,68 +172,107 @@ class TestText:
         assert rows["student"]["AP"] == "13.0 ± 3.6"  # deviations -3, -1, 4: sqrt(26 / 2) = 3.6
         assert rows["TAR"]["AP"] == "17.0 ± 2.6"  # -2, -1, 3: sqrt(14 / 2) = 2.6
         assert (rows["student"]["gain"], rows["equal"]["gain"]) == ("-", "-")
-        assert rows["TAR"]["gain"] == "+4.0 ± 1.0"  # seed by seed 5, 4, 3
+        assert rows["TAR"]["gain"] == "+8.0 ± 2.0"  # VOC07, twice AP: 10, 8, 6
         assert (rows["student"]["paper"], rows["TAR"]["paper"], rows["equal"]["paper"]) == ("70.0", "74.5", "-")
-        assert rows["TAR"]["VOC07 mAP"] == "27.0 ± 2.6" and rows["equal"]["AP"] == "-"
-        assert "mean ± standard deviation of 3 seeds" in text and "command 1" in text
+        assert rows["TAR"]["VOC07 mAP"] == "34.0 ± 5.3" and rows["equal"]["AP"] == "-"
+        assert (rows["student"]["cost"], rows["TAR"]["cost"]) == ("-", "1.20")
+        assert "mean ± standard deviation of 3 seeds; gains are in VOC07 mAP" in text and "command 1" in text
 
     @pytest.mark.parametrize("about", [{"papers": False}, {"dataset": "shapes", "papers": False}])
     def test_on_other_data_the_papers_column_is_left_out(self, tmp_path, about):
         runs = {"student": (PLAIN, 70.0, [result(10.0)]), "TAR": (DISTILLED, 74.5, [result(15.0)])}
         text = table_text(write_table(tmp_path, runs, **about), tmp_path)
-        assert "paper" not in text and "74.5" not in text and "one seed" in text and "+5.0" in text
+        assert "paper" not in text and "74.5" not in text and "one seed" in text
+        assert tables_in(text)[0]["TAR"]["gain"] == ("+5.0" if about.get("dataset") else "+10.0")
 
     def test_over_equal_cost_and_the_verdict(self, tmp_path):
-        runs = {
-            "student": (PLAIN, None, [result(30.0), result(31.0)]),
-            "TAR": (DISTILLED, None, [result(40.0), result(44.0)]),
-            "teacher": (TEACHER, None, [result(41.0), result(39.0)]),
-            "equal": (EQUAL, None, [result(36.0), result(42.0)]),
-        }
-        index = write_table(tmp_path, runs, dataset="coco", papers=False)
-        index["rows"][1]["teacher"] = "teacher"
-        text = table_text(index, tmp_path)
+        text = table_text(self.four_rows(tmp_path), tmp_path)
         [rows] = tables_in(text)
         over = {title: row["over equal cost"] for title, row in rows.items()}
-        assert over == {"student": "-", "TAR": "+3.0 ± 1.4", "teacher": "+1.0 ± 5.7", "equal": "-"}
+        assert over == {"student": "-", "part": "-", "TAR": "+3.0 ± 1.4", "teacher": "-", "equal": "-"}
         assert rows["equal"]["gain"] == "+8.5 ± 3.5" and rows["teacher"]["gain"] == "+9.5 ± 2.1"
-        said = "The student passes its teacher: 42.0 AP against 40.0, a difference of 2.0 ± 4.2 over 2 seeds."
-        said += " Over the plain student of the same epochs: +11.5 ± 2.1 AP, +11.5 ± 2.1 AP50."
-        assert f"\n{said} Over the plain student of equal cost: +3.0 ± 1.4 AP, +3.0 ± 1.4 AP50.\n" in text
+        said = "The student passes its teacher: 42.0 AP against 40.0, +2.0 ± 4.2, above in 1 of 2 seeds."
+        said += " Over the plain student of the same epochs: +11.5 ± 2.1 AP, +17.2 ± 3.2 AP50."
+        assert f"\n{said} Over the plain student of equal cost: +3.0 ± 1.4 AP, +4.5 ± 2.1 AP50.\n" in text
+        assert text.count("The student") == 1
 
-        (tmp_path / "run3-1/result.json").unlink()  # not trained yet: means, for there are no pairs
-        [rows] = tables_in(table_text(index, tmp_path))
-        assert rows["TAR"]["over equal cost"] == "+6.0" and rows["TAR"]["gain"] == "+11.5 ± 2.1"
+    def test_on_voc_all_is_of_vocs_own_figure(self, tmp_path):
+        text = table_text(self.four_rows(tmp_path, dataset="voc"), tmp_path)
+        assert tables_in(text)[0]["TAR"]["over equal cost"] == "+6.0 ± 2.8"
+        assert "84.0 VOC07 mAP against 80.0" in text and "+23.0 ± 4.2 VOC07 mAP, +17.2 ± 3.2 AP50" in text
+
+    def test_seeds_are_compared_with_themselves(self, tmp_path):
+        index = self.four_rows(tmp_path)
+        (tmp_path / "run2-0/result.json").unlink()  # TAR has its second seed only
+        text = table_text(index, tmp_path)
+        [rows] = tables_in(text)
+        assert rows["TAR"]["over equal cost"] == "+2.0" and rows["TAR"]["gain"] == "+13.0"
+        assert "passes its teacher: 44.0 AP against 39.0." in text and "of up to 2 seeds" in text
+        (tmp_path / "run3-1/result.json").unlink()  # the teacher its first
+        text = table_text(index, tmp_path)
+        assert "The student" not in text and "Over the plain student of the same epochs: +13.0 AP, +19.5 AP50." in text
+
+    def test_a_figure_that_could_not_be_measured_has_no_gain(self, tmp_path):
+        index = self.four_rows(tmp_path)
+        (tmp_path / "run2-0/result.json").write_text(json.dumps(result(40.0) | {"AP50": None, "AP": None}))
+        text = table_text(index, tmp_path)
+        [rows] = tables_in(text)
+        assert (rows["TAR"]["AP"], rows["TAR"]["gain"]) == ("-", "+13.0") and "+13.0 AP, +19.5 AP50." in text
+
+    def test_nothing_has_ended(self, tmp_path):
+        text = table_text(write_table(tmp_path, {"student": (PLAIN, None, [None])}), tmp_path)
+        assert "no run has ended" in text and tables_in(text)[0]["student"]["AP"] == "-"
 
     def test_the_curve_of_each_row_and_how_often_its_gate_is_open(self, tmp_path):
-        def log(aps, gates):
-            steps = [{"step": i + 1, "gate_open": g} if g is not None else {"step": i + 1} for i, g in enumerate(gates)]
-            return [*steps, *({"step": len(gates), "epoch": e, "metrics": {"AP": ap}} for e, ap in aps.items())]
-
-        plain = [log({4: 10.0, 8: 30.0}, [None] * 8), log({4: 12.0, 8: 33.0}, [None] * 8)]
-        taught = [log({8: 50.0}, [0.5, 0.7, 0.8, 0.8, *[None] * 4]), log({8: 52.0}, [0.4, 0.6, 0.9, 0.9, *[None] * 4])]
+        none = [None] * 4
+        plain = [log_of([None] * 8, e4={"AP": ap - 20}, e8={"AP": ap}) for ap in (30.0, 33.0)]
+        taught = [log_of([0.5, 0.7, 0.8, 0.8, *none], e8={"AP": 50.0})]
+        taught += [log_of([0.4, 0.6, 0.9, 0.9, *none], e8={"AP": 52.0})]
         runs = {
             "student": (PLAIN, None, [result(30.0), result(33.0)], plain),
             "TAR": (DISTILLED, None, [result(50.0), result(52.0)], taught),
         }
-        text = table_text(write_table(tmp_path, runs, dataset="coco"), tmp_path)
+        index = write_table(tmp_path, runs, dataset="coco")
+        text = table_text(index, tmp_path)
         _, curves, gates = tables_in(text)
-        assert "AP after so many epochs" in text and "gate is open" in text
-        assert curves["student"] == {"run": "student", "4": "11.0 ± 1.4", "8": "31.5 ± 2.1"}
+        assert "AP after so many epochs" in text and "regression gate" in text
+        assert curves["student"] == {"run": "student", "4": "11.5 ± 2.1", "8": "31.5 ± 2.1"}
         assert curves["TAR"] == {"run": "TAR", "4": "-", "8": "51.0 ± 1.4"}
         # of 8 steps the quarters are 1 and 2, 3 and 4, ...
-        assert gates == {
-            "TAR": {"run": "TAR", "first": "55.0 ± 7.1", "second": "85.0 ± 7.1", "third": "-", "last": "-"}
-        }
+        line = {"run": "TAR", "first": "55.0 ± 7.1", "second": "85.0 ± 7.1", "third": "-", "last": "-"}
+        assert gates == {"TAR": line}
+
+        (tmp_path / "run1-1/log.jsonl").write_text('{"step": 1}\n{"ste')  # a broken log leaves the figures
+        text = table_text(index, tmp_path)
+        assert len(tables_in(text)) == 1 and "run1-1/log.jsonl: line 2 is none of a run's log" in text
+
+    def test_a_line_of_many_steps_lies_where_they_begin_and_weighs_as_many(self, tmp_path):
+        steps = [{"step": 3, "gate_open": 0.5}, {"step": 4, "gate_open": 0.9}, {"step": 12, "gate_open": 0.7}]
+        log = [*steps, {"step": 16}]  # the teacher was asked up to step 6, say
+        index = write_table(tmp_path, {"TAR": (DISTILLED, None, [result(50.0)], [log])})
+        _, gates = tables_in(table_text(index, tmp_path))
+        assert gates["TAR"] == {"run": "TAR", "first": "60.0", "second": "70.0", "third": "-", "last": "-"}
+
+    def test_on_voc_the_curve_is_of_vocs_own_figure(self, tmp_path):
+        log = log_of([None], e4={"AP": 30.0, "voc07": 55.0}, e8={"AP": 40.0, "voc07": 66.0})
+        text = table_text(write_table(tmp_path, {"student": (PLAIN, None, [result(40.0)], [log])}), tmp_path)
+        assert tables_in(text)[1]["student"] == {"run": "student", "4": "55.0", "8": "66.0"}
+        assert "VOC07 mAP after so many epochs" in text
 
     def test_one_evaluation_is_no_curve(self, tmp_path):
-        log = [{"step": 8, "epoch": 8, "metrics": {"AP": 30.0}}]
-        index = write_table(tmp_path, {"student": (PLAIN, None, [result(30.0)], [log])}, dataset="coco")
-        text = table_text(index, tmp_path)
-        assert len(tables_in(text)) == 1
+        index = write_table(tmp_path, {"student": (PLAIN, None, [result(30.0)], [log_of([None], e8={"voc07": 30.0})])})
+        assert len(tables_in(table_text(index, tmp_path))) == 1
 
     def test_a_figure_that_does_not_exist_is_a_dash(self):
         assert (spread([1.25]), spread([1.0, 2.0]), spread([]), spread([1.0, None])) == ("1.2", "1.5 ± 0.7", None, None)
+
+    @pytest.mark.parametrize(
+        "text", ['{"step": 1}\n\n', '{"step": 1}\n3\n', '{"step": 1}\n{"epoch": 1}', '{"step": 1}\n{']
+    )
+    def test_a_broken_log_is_named_with_its_line(self, tmp_path, text):
+        (tmp_path / "log.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"log\.jsonl: line 2 is none of a run's log"):
+            read_log(tmp_path / "log.jsonl")
 
 
 class TestRunTable:
@@ -250,7 +310,8 @@ class TestRunTable:
         assert [flags[f"{row}, seed 1"].epochs for row in rows] == [6, 6, 7, 10]  # 5/4 of 6; 6 * 1.55
         assert flags["TAR, seed 0"].teacher_epochs == 7 and flags["TAR, seed 1"].seed == 1
         assert "costs 1.55 plain trainings: 10 epochs for 6" in said
-        assert "The student passes its teacher: 50.0 AP against 45.0, a difference of 5.0 ± 0.0 over 2 seeds." in said
+        text = "The student passes its teacher: 50.0 AP against 45.0, +5.0 ± 0.0, above in 2 of 2 seeds."
+        assert text in said
         assert [len(row["runs"]) for row in note["rows"]] == [2] * 4 and not note["papers"]
 
     def test_other_processes_end_it_too(self, tmp_path):
@@ -266,8 +327,8 @@ class TestRunTable:
     def test_on_voc_the_verdict_is_of_vocs_own_figure(self, tmp_path):
         said, _, note = self.run(tmp_path, "--table voc", {"all three levels": 60.0, "teacher": 50.0}, images=4952)
         assert (
-            "70.0 VOC07 mAP against 60.0" in said and "+20.0 VOC07 mAP, +20.0 AP50" in said and note["papers"]
-        )  # result() has VOC07 10 above AP
+            "120.0 VOC07 mAP against 100.0" in said and "+40.0 VOC07 mAP, +30.0 AP50" in said and note["papers"]
+        )  # result() has twice AP for VOC07
 
     @pytest.mark.parametrize("more", ["--student r18", "--detector retinanet", "--dataset shapes"])
     def test_the_papers_figures_are_shown_for_its_setting_only(self, tmp_path, more):
