@@ -107,7 +107,7 @@ class Row:
     changes: dict = field(default_factory=dict)  # flags
     folder: str = None  # of its run, where it is not named by its settings
     whole: bool = False  # whether it is the whole method, and not a part of it
-    teacher_row: str = None  # title of its teacher's row, of the whole method
+    teacher_row: str = None  # title of its teacher's row, where it is the whole method
     command: str = ""
     runs: list = field(default_factory=list)  # folders, one a seed
 

@@ -63,10 +63,9 @@ def table_text(index, parent):
         about += f"mean ± standard deviation of {'up to ' * (len(counts) > 1)}{max(counts)} seeds"
     else:
         about += "one seed" if counts else "no run has ended"
-    about += (
-        f"; gains are in {main_title}, seed by seed, over the plain student of the same epochs and over that of equal "
-    )
-    parts = [about + "cost; cost: of a plain training of the same epochs.", markdown(header, lines)]
+    about += f"; gains are in {main_title}, seed by seed, over the plain student of the same epochs "
+    about += "and over that of equal cost; cost: of a plain training of the same epochs."
+    parts = [about, markdown(header, lines)]
     for row in rows:
         runs = results[row["title"]]
         if row.get("whole") and runs:
@@ -119,12 +118,10 @@ def verdict(students, teachers, dataset, teacher):
     if not pairs:
         return None
     student, other = (mean(column) for column in zip(*pairs, strict=True))
-    apart = [s - t for s, t in pairs]
     text = f"{student:.1f} {title} against {other:.1f}"
     if len(pairs) > 1:
-        text += (
-            f", {'+' * (student > other)}{spread(apart)}, above in {sum(d > 0 for d in apart)} of {len(pairs)} seeds"
-        )
+        above = sum(s > t for s, t in pairs)
+        text += f", {gain(students, teachers, figure)}, above in {above} of {len(pairs)} seeds"
     said = "equals" if abs(student - other) < 0.05 else "passes" if student > other else "does not pass"
     return f"The student {said} its {teacher}: {text}."
 
@@ -166,9 +163,9 @@ def gates_text(logs):
         if any(quarters):
             rows.append([row, *map(spread, quarters)])
     text = (
-        "Positives that the regression gate lets through, percent, in each quarter of a run (-: no teacher is asked):"
+        "Positives that the regression gate lets through, percent, in each quarter of a run (-: no teacher asked):\n\n"
     )
-    return f"{text}\n\n" + markdown(["run", "first", "second", "third", "last"], rows) if rows else None
+    return text + markdown(["run", "first", "second", "third", "last"], rows) if rows else None
 
 
 def figures_table(results):

@@ -104,6 +104,15 @@ class TestRows:
         args = parsed("--table retinanet")
         assert (args.detector, args.dataset, args.lr, args.anchor_scale) == ("retinanet", "coco", 0.01, 4)
 
+    def test_the_whole_method_knows_its_teachers_row(self, tmp_path):
+        demo = rows_of(parsed("--student r10 --teacher r18"), tmp_path)
+        whole = {row.title: row.teacher_row for row in demo if row.whole}
+        assert whole == {"TAR r10 from r18": "teacher r18"} and "teacher r18" in [row.title for row in demo]
+        coco = rows_of(parsed("--table coco"), tmp_path)
+        whole = {row.title: row.teacher_row for row in coco if row.whole}
+        assert whole == {"TAR from r101": "teacher r101", "TAR from r152": "teacher r152"}
+        assert not any(row.whole for row in rows_of(parsed("--table gates"), tmp_path))
+
     def test_a_teacher_trained_elsewhere_has_no_row(self, tmp_path):
         args = parsed("--table gates --teacher r18 --student r10 --teacher-weights some.pth")
         assert TEACHER not in {row.kind for row in rows_of(args, tmp_path)}
