@@ -8,6 +8,9 @@ python eval.py --report runs/demo/plain runs/demo/tar
 python eval.py --table voc [--results runs]
 """
 
+import os
+import signal
+import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -97,8 +100,12 @@ def main(argv=None):
             write_report(given, flags)
         else:
             look_at_weights(given, flags)
+        sys.stdout.flush()
     except UserError as error:
         fail("eval.py", error)
+    except BrokenPipeError:  # the reader of `eval.py ... | head` has seen enough; nor can the end of Python flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """The tables: which rows run, what is skipped, how figures are put together, and the commands they print."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -405,3 +406,13 @@ def test_a_table_that_was_not_run_is_said_in_a_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and "run train.py --table voc first" in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(killed_table):
+    """`eval.py --table ... | head`: the end that is read is closed before the table is printed."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    line = [sys.executable, ROOT / "eval.py", "--table", "decay", "--results", killed_table.folder]
+    done = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
