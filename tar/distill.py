@@ -10,9 +10,10 @@ its backbone and its head and nothing else: no RPN (unless its own proposals are
 post-processing, no gradient.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.roi_heads import fastrcnn_loss
@@ -34,6 +35,7 @@ from tar.regions import (
 
 PROPOSALS = ("student", "teacher", "both")
 SOFT_LABELS = ("positive", "all")
+ANSWERS = ("teacher", "truth")
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Levels:
     sharing: bool = True
     soft_labels: str = "positive"
     background_weight: float = 1.5
+    answers: str = "teacher"
 
     def weights(self):
         """The levels that are on: {name: weight}."""
@@ -141,6 +144,7 @@ class Step(nn.Module):
             cells = over_processes(sum(m.sum() for m in where))
             distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
         if shared is not None:
+            shared = shared if levels.answers == "teacher" else shared.by_the_truth()
             positive = shared.label > 0
             count = over_processes(positive.sum(), least=1.0)  # K
             soft = shared.logits, shared.teacher_logits
@@ -180,6 +184,12 @@ class Shared:
     teacher_deltas: torch.Tensor
     box_coder: object
     sigmoid: bool  # whether a logit is a class's own yes or no (RetinaNet), or one of a softmax (Faster R-CNN)
+
+    def by_the_truth(self):
+        """The same with the ground truth in the place of the teacher's answers: its class, certainly, and its box."""
+        certain = 200.0 * F.one_hot(self.label, self.logits.shape[1]) - 100.0  # 1 or 0 by softmax and by sigmoid
+        deltas = self.box_coder.encode_single(self.truth, self.region)
+        return replace(self, teacher_logits=certain, teacher_deltas=deltas, teacher_region=self.region)
 
 
 def faster_rcnn(student, features, images, targets, pair=None):

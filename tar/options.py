@@ -5,7 +5,7 @@ from functools import cache
 
 from tar.arguments import Defaults, Parser, above_0, count, positive, up_to_1, weight
 from tar.data import DATASETS, SHAPES_IMAGES
-from tar.distill import PROPOSALS, SOFT_LABELS, Levels
+from tar.distill import ANSWERS, PROPOSALS, SOFT_LABELS, Levels
 from tar.losses import CLS_GATES, REG_GATES
 from tar.masks import MASKS
 from tar.models import BACKBONES, DETECTORS
@@ -15,13 +15,16 @@ from tar.schedule import DECAYS, SCHEDULES
 BUILD = ("fpn_channels", "head_channels", "anchor_scale", "rois", "roi_samples", "rpn_top_n")
 LEVELS = ("backbone", "cls", "reg")
 DISTILLATION = (
-    *("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay"),
-    *("decay_end", "proposals", "no_sharing", "soft_labels", "background_weight", "inherit", "teacher_epochs"),
+    *("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay", "decay_end"),
+    *("proposals", "no_sharing", "soft_labels", "background_weight", "answers", "inherit", "teacher_epochs"),
 )
 ENDLESS = ("none", "step")  # decays that do not reach 0
 COCO_FILES = ("train_json", "train_images", "val_json", "val_images")
 TABLE_DATASETS = {"voc": "voc", "coco": "coco", "retinanet": "coco"}  # of the paper's tables; of the others: shapes
-TABLES = ("shapes", "voc", "coco", "retinanet", "claim", "teachers", "masks", "sigma2", "decay", "gates", "proposals")
+TABLES = (
+    *("shapes", "voc", "coco", "retinanet", "claim", "teachers"),
+    *("masks", "sigma2", "decay", "gates", "proposals", "answers"),
+)
 
 
 def parser():
@@ -127,6 +130,8 @@ def parser():
     g.add_argument("--soft-labels", choices=SOFT_LABELS, default=d.soft_labels, help=text)
     text = "weight of a background region among --soft-labels all"
     g.add_argument("--background-weight", type=weight, default=d.background_weight, metavar="W", help=text)
+    text = "whose classes and boxes the heads' levels imitate; truth: the ground truth's, a control (not the paper's)"
+    g.add_argument("--answers", choices=ANSWERS, default=d.answers, help=text)
     g.add_argument("--decay", choices=DECAYS, default="linear", help="of the distillation weight over the run")
     g.add_argument(
         "--no-decay",
@@ -263,6 +268,10 @@ def complaint(args):
             own_proposals and not (args.weight_cls or args.weight_reg),
             "--proposals and --no-sharing say what the heads' levels compare, and both are off",
         ),
+        (
+            args.answers == "truth" and not (args.weight_cls or args.weight_reg),
+            "--answers truth is of the heads' levels, and both are off",
+        ),
         (all_regions and args.cls_gate == "better", "--cls-gate better: a background region has no true class"),
         (all_regions and not args.weight_cls, "--soft-labels all is of the cls level, which is off"),
         (
@@ -294,7 +303,7 @@ def _parsed_nothing():
 
 def levels_of(args):
     """The distillation settings of the flags."""
-    names = ("mask", "sigma2", "cls_gate", "reg_gate", "proposals", "soft_labels", "background_weight")
+    names = ("mask", "sigma2", "cls_gate", "reg_gate", "proposals", "soft_labels", "background_weight", "answers")
     weights = {level: getattr(args, f"weight_{level}") for level in LEVELS}
     return Levels(**weights, sharing=not args.no_sharing, **{name: getattr(args, name) for name in names})
 

@@ -28,6 +28,8 @@ INCIDENTAL = {
     "table",
     "seeds",
 }
+# Flags that came after runs had been kept: where they say this, what a run computes is what it was before them.
+YOUNG = {"answers": "teacher"}
 # Flags that mean nothing to some runs.
 TEACHING = {"teacher", "teacher_weights", *DISTILLATION}
 FILES = {  # flags of each data set
@@ -52,6 +54,7 @@ def settings_of(args, machine):
     """Everything that decides what a run computes: {flag: plain value}."""
     left_out = INCIDENTAL | (set() if args.teacher else TEACHING)
     left_out |= set().union(*FILES.values()) - FILES[args.dataset]
+    left_out |= {k for k, usual in YOUNG.items() if getattr(args, k) == usual}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
     return {**settings, "amp": machine.amp, "images_per_step": args.batch_size * machine.world}
 

@@ -94,6 +94,15 @@ ROWS = {
         ("both heads' levels, no sharing", {**HEADS, "no_sharing": True}, None),
         ("teacher", TEACHER, None),
     ),
+    "answers": (
+        ("student, no distillation", PLAIN, None),
+        *(
+            (f"{name} level, the {answers}'s answers", {**only(level), **CONSTANT, "answers": answers}, None)
+            for level, name in (("cls", "classification"), ("reg", "regression"))
+            for answers in ("teacher", "truth")
+        ),
+        ("teacher", TEACHER, None),
+    ),
 }
 
 

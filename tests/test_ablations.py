@@ -33,6 +33,7 @@ ABLATIONS = [  # (changed levels, the terms that differ then)
     ({"reg_gate": "none"}, {REG, "gate_open"}),
     ({"soft_labels": "all"}, {CLS}),
     ({"soft_labels": "all", "background_weight": 0.5}, {CLS}),
+    ({"answers": "truth"}, {CLS, REG, "gate_open"}),
     ({"backbone": 0.0}, {BACKBONE}),
     ({"cls": 0.0}, {CLS}),
     ({"reg": 0.0}, {REG, "gate_open"}),
@@ -285,6 +286,42 @@ def test_soft_labels_on_all_regions(outcome, pair, batch, whose, background_weig
     assert (got["positives"].item(), got["gate_open"].item()) == (count, pytest.approx(opened / count))
 
 
+# The ground truth in the place of the teacher's answers
+
+
+@pytest.mark.parametrize("whose", ["student", "both"])
+def test_by_the_truth_soft_labels_are_hard_ones_and_the_gate_is_open(outcome, pair, batch, whose):
+    got = outcome(answers="truth", proposals=whose)[1]
+    hand = ByHand(*pair, batch)
+    rows = hand.rows(hand.sampled[whose], hand.sampled[whose])
+    positives = [row for row in rows if row[3] > 0]
+    cls = -sum(math.log(softmax(row[5])[row[3]]) for row in positives)
+    assert got[CLS].item() == pytest.approx(cls / len(positives), rel=1e-4)
+    beside = [row for row in positives if row[0] != row[2]]  # a ground-truth box itself cannot be bettered
+    assert got["gate_open"].item() == pytest.approx(len(beside) / len(positives)) and len(beside) < len(positives)
+
+
+@pytest.mark.parametrize("gate", ["none", "student"])
+def test_by_the_truth_the_regression_level_is_the_box_loss_of_torchvision(outcome, gate):
+    detection, terms, _ = outcome(answers="truth", reg_gate=gate)
+    regions = SMALL["rois"] * 2  # torchvision divides the same sum by all regions
+    assert terms[REG].item() * terms["positives"].item() == pytest.approx(
+        detection["loss_box_reg"].item() * regions, rel=1e-5
+    )
+    assert terms["gate_open"].item() == pytest.approx(1.0)
+
+
+def test_by_the_truth_it_does_not_matter_who_the_teacher_is(outcome, pair, batch):
+    student, teacher = pair
+    step = make_step(student, teacher, answers="truth", backbone=0.0)
+    before = seeded(step, batch, teacher)[1]
+    with torch.no_grad():
+        for parameter in teacher.roi_heads.parameters():
+            parameter.mul_(-3.0)
+    after = seeded(step, batch, teacher)[1]
+    assert len(before) == 2 and all(torch.equal(before[name], after[name]) for name in before)
+
+
 # No sharing
 
 BOX, FAR = [0.0, 0, 10, 10], [80.0, 80, 90, 90]
@@ -366,6 +403,8 @@ PAIR = "--student r10 --teacher r18"
         (f"{PAIR} --background-weight 2", "--background-weight needs --soft-labels all"),
         (f"{PAIR} --soft-labels all --no-cls", "--soft-labels all is of the cls level, which is off"),
         (f"{PAIR} --soft-labels all --cls-gate better", "--cls-gate better: a background region has no true class"),
+        (f"{PAIR} --answers truth --no-cls --no-reg", "--answers truth is of the heads' levels, and both are off"),
+        ("--student r10 --answers truth", "--answers needs --teacher BACKBONE"),
         (f"{PAIR} --teacher-weights coco", "torchvision's COCO detectors are r50, not r18"),
         ("--student r10 --teacher r101 --teacher-weights coco --detector retinanet", "are r50, not r101"),
         (f"{PAIR} --teacher-weights x.pth --teacher-epochs 3", "--teacher-epochs: the teacher of --teacher-weights"),
@@ -400,6 +439,7 @@ def test_flags_that_contradict_each_other_are_refused_with_the_reason(capsys, fl
         ("--mask fine-grained --sigma2 0.5", {"mask": "fine-grained", "sigma2": 0.5}),
         ("--cls-gate better --reg-gate student", {"cls_gate": "better", "reg_gate": "student"}),
         ("--soft-labels all --background-weight 2", {"soft_labels": "all", "background_weight": 2.0}),
+        ("--answers truth --no-reg", {"answers": "truth", "reg": 0.0}),
         ("--proposals both --no-cls", {"proposals": "both", "cls": 0.0}),
         ("--no-sharing", {"sharing": False}),
         ("--weight-backbone 0.5 --weight-cls 2 --weight-reg 3", {"backbone": 0.5, "cls": 2.0, "reg": 3.0}),
@@ -408,7 +448,7 @@ def test_flags_that_contradict_each_other_are_refused_with_the_reason(capsys, fl
 def test_flags_become_the_levels_of_the_step(flags, levels):
     usual = {"backbone": 0.1, "cls": 1.0, "reg": 0.1, "mask": "gaussian", "sigma2": 2.0, "cls_gate": "none"}
     usual |= {"reg_gate": "proposal", "proposals": "student", "sharing": True, "soft_labels": "positive"}
-    usual |= {"background_weight": 1.5}
+    usual |= {"background_weight": 1.5, "answers": "teacher"}
     assert vars(options.levels_of(options.parse([*PAIR.split(), *flags.split()]))) == {**usual, **levels}
 
 

@@ -320,6 +320,26 @@ def test_soft_labels_on_all_anchors_leave_out_those_that_are_neither(pair, halve
     assert distillation["distill_reg"].item() == pytest.approx(hand.reg_loss("proposal")[0], rel=1e-4)
 
 
+@pytest.mark.parametrize("soft_labels", ["positive", "all"])
+def test_by_the_truth_the_heads_levels_have_the_labels_and_the_boxes(pair, halves, soft_labels):
+    step = make_step(*pair, answers="truth", soft_labels=soft_labels)
+    distillation = step(*halves, pair[1])[1]
+    hand, cls, reg = ByHand(step, pair[1], halves), 0.0, 0.0
+    kept = [(row, 1.0) for row in hand.positives]
+    if soft_labels == "all":
+        kept += [(row, 1.5) for row in hand.background]
+    for row, weight in kept:
+        signs = [1 if k == row[2] else -1 for k in range(1, len(row[3]))]
+        cls -= weight * sum(math.log(sigmoid(sign * s)) for sign, s in zip(signs, row[3][1:], strict=True))
+    for anchor, box, _, _, mine, *_ in hand.positives:
+        (ax, ay, aw, ah), (bx, by, bw, bh) = ((x0 + x1, y0 + y1, x1 - x0, y1 - y0) for x0, y0, x1, y1 in (anchor, box))
+        wanted = (bx - ax) / 2 / aw, (by - ay) / 2 / ah, math.log(bw / aw), math.log(bh / ah)
+        gaps = [abs(a - b) for a, b in zip(mine, wanted, strict=True)]
+        reg += sum(gap * gap * 9 / 2 if gap < 1 / 9 else gap - 1 / 18 for gap in gaps)
+    assert distillation["distill_cls"].item() == pytest.approx(cls / len(kept), rel=1e-4)
+    assert distillation["distill_reg"].item() == pytest.approx(reg / len(hand.positives), rel=1e-4)
+
+
 def test_the_column_of_the_background_does_not_matter(pair, halves):
     student, teacher = pair
     step = make_step(student, teacher, cls_gate="better")

@@ -18,7 +18,7 @@ import eval as evaluation
 import train
 from tar import UserError, options
 from tar.machine import Machine
-from tar.runs import read_log
+from tar.runs import changed, read_log, run_name
 from tar.tables import command_of, rows_of, run_table
 from tar.tabulation import DISTILLED, EQUAL, PLAIN, TEACHER, spread, table_text
 
@@ -132,6 +132,19 @@ class TestRows:
             apart |= {"no_backbone", "no_cls", "no_reg"}  # shown by the weights
             expected = vars(row.flags(args))
             assert {k for k in again if k not in apart and again[k] != expected[k]} == set()
+
+    def test_a_kept_run_is_still_the_one_of_its_rows_command(self):
+        machine, seen = Machine(0, 1, torch.device("cpu"), "bf16"), 0
+        for index in sorted((ROOT / ".results/shapes").glob("table-*.json")):
+            for row in json.loads(index.read_text())["rows"]:
+                for seed, name in enumerate(row["runs"]):
+                    args = changed(options.parse(shlex.split(row["command"])[2:]), seed=seed)
+                    if args.teacher:  # a table names the teacher's file where a command has it trained
+                        kept = json.loads((index.parent / name / "config.json").read_text())
+                        args = changed(args, teacher_weights=kept["teacher_weights"])
+                    assert run_name(args, machine) == name, (index.name, row["command"])
+                    seen += 1
+        assert seen > 100
 
     def test_a_row_that_cannot_be_is_refused_before_any_is_trained(self, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
