@@ -189,7 +189,7 @@ class Shared:
         """The same with the ground truth in the place of the teacher's answers: its class, certainly, and its box."""
         certain = 200.0 * F.one_hot(self.label, self.logits.shape[1]) - 100.0  # 1 or 0 by softmax and by sigmoid
         deltas = self.box_coder.encode_single(self.truth, self.region)
-        return replace(self, teacher_logits=certain, teacher_deltas=deltas, teacher_region=self.region)
+        return replace(self, teacher_logits=certain, teacher_deltas=deltas)
 
 
 def faster_rcnn(student, features, images, targets, pair=None):

@@ -272,6 +272,10 @@ def complaint(args):
             args.answers == "truth" and not (args.weight_cls or args.weight_reg),
             "--answers truth is of the heads' levels, and both are off",
         ),
+        (
+            args.answers == "truth" and (own_proposals or args.inherit),
+            "--answers truth is a control without the teacher: not with --proposals, --no-sharing or --inherit",
+        ),
         (all_regions and args.cls_gate == "better", "--cls-gate better: a background region has no true class"),
         (all_regions and not args.weight_cls, "--soft-labels all is of the cls level, which is off"),
         (

@@ -289,11 +289,10 @@ def test_soft_labels_on_all_regions(outcome, pair, batch, whose, background_weig
 # The ground truth in the place of the teacher's answers
 
 
-@pytest.mark.parametrize("whose", ["student", "both"])
-def test_by_the_truth_soft_labels_are_hard_ones_and_the_gate_is_open(outcome, pair, batch, whose):
-    got = outcome(answers="truth", proposals=whose)[1]
+def test_by_the_truth_soft_labels_are_hard_ones_and_the_gate_is_open(outcome, pair, batch):
+    got = outcome(answers="truth")[1]
     hand = ByHand(*pair, batch)
-    rows = hand.rows(hand.sampled[whose], hand.sampled[whose])
+    rows = hand.rows(hand.sampled["student"], hand.sampled["student"])
     positives = [row for row in rows if row[3] > 0]
     cls = -sum(math.log(softmax(row[5])[row[3]]) for row in positives)
     assert got[CLS].item() == pytest.approx(cls / len(positives), rel=1e-4)
@@ -311,7 +310,17 @@ def test_by_the_truth_the_regression_level_is_the_box_loss_of_torchvision(outcom
     assert terms["gate_open"].item() == pytest.approx(1.0)
 
 
-def test_by_the_truth_it_does_not_matter_who_the_teacher_is(outcome, pair, batch):
+@pytest.mark.parametrize("soft_labels", ["positive", "all"])
+def test_by_the_truth_products_in_bf16_have_finite_terms_and_gradients(pair, batch, soft_labels):
+    student, teacher = pair
+    with torch.autocast("cpu", torch.bfloat16):
+        _, terms, _ = seeded(make_step(student, teacher, answers="truth", soft_labels=soft_labels), batch, teacher)
+    sum(terms.values()).backward()
+    assert len(terms) == 3 and all(term.dtype == torch.float32 and term.isfinite() for term in terms.values())
+    assert all(g.isfinite().all() for g in gradients(student).values())
+
+
+def test_by_the_truth_the_heads_of_the_teacher_do_not_matter(pair, batch):
     student, teacher = pair
     step = make_step(student, teacher, answers="truth", backbone=0.0)
     before = seeded(step, batch, teacher)[1]
@@ -404,6 +413,9 @@ PAIR = "--student r10 --teacher r18"
         (f"{PAIR} --soft-labels all --no-cls", "--soft-labels all is of the cls level, which is off"),
         (f"{PAIR} --soft-labels all --cls-gate better", "--cls-gate better: a background region has no true class"),
         (f"{PAIR} --answers truth --no-cls --no-reg", "--answers truth is of the heads' levels, and both are off"),
+        (f"{PAIR} --answers truth --no-sharing", "--answers truth is a control without the teacher"),
+        (f"{PAIR} --answers truth --proposals both", "--answers truth is a control without the teacher"),
+        (f"{PAIR} --answers truth --inherit", "--answers truth is a control without the teacher"),
         ("--student r10 --answers truth", "--answers needs --teacher BACKBONE"),
         (f"{PAIR} --teacher-weights coco", "torchvision's COCO detectors are r50, not r18"),
         ("--student r10 --teacher r101 --teacher-weights coco --detector retinanet", "are r50, not r101"),
