@@ -24,6 +24,12 @@ def test_every_row_is_a_flag():
     assert set(rows) <= FLAGS
 
 
+def test_rows_name_every_choice_of_their_flags():
+    rows = set(re.findall(r"^\| `(--[\w-]+) \{([^}]*)\}`", README, re.M))
+    choices = {(flag, ",".join(map(str, a.choices))) for a in ACTIONS if a.choices for flag in a.option_strings}
+    assert len(rows) > 15 and rows == choices
+
+
 @pytest.mark.parametrize(
     "command",
     [
