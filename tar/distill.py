@@ -35,7 +35,7 @@ from tar.regions import (
 
 PROPOSALS = ("student", "teacher", "both")
 SOFT_LABELS = ("positive", "all")
-ANSWERS = ("teacher", "truth")
+ANSWERS = ("teacher", "truth", "smoothed")
 
 
 @dataclass
@@ -144,7 +144,8 @@ class Step(nn.Module):
             cells = over_processes(sum(m.sum() for m in where))
             distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
         if shared is not None:
-            shared = shared if levels.answers == "teacher" else shared.by_the_truth()
+            if levels.answers != "teacher":
+                shared = shared.by_the_truth() if levels.answers == "truth" else shared.smoothed()
             positive = shared.label > 0
             count = over_processes(positive.sum(), least=1.0)  # K
             soft = shared.logits, shared.teacher_logits
@@ -190,6 +191,24 @@ class Shared:
         certain = 200.0 * F.one_hot(self.label, self.logits.shape[1]) - 100.0  # 1 or 0 by softmax and by sigmoid
         deltas = self.box_coder.encode_single(self.truth, self.region)
         return replace(self, teacher_logits=certain, teacher_deltas=deltas)
+
+    def smoothed(self):
+        """The same with smoothed hard labels in the place of the teacher's soft ones, as sure of the truth as it is.
+
+        The true class has the teacher's mean probability of it over all positive regions of the batch, each other class
+        the mean of the others: the labels are as soft, and say nothing of a region or of which classes are alike.
+        """
+        given = self.teacher_logits.float()
+        given = given.sigmoid() if self.sigmoid else given.softmax(1)
+        true = F.one_hot(self.label, given.shape[1]).bool()
+        other = ~true
+        if self.sigmoid:
+            other[:, 0] = False  # RetinaNet has no background class
+        of_true, of_other = (
+            over_processes((given * kind).sum()) / over_processes(kind.sum(), least=1.0) for kind in (true, other)
+        )
+        mean = torch.where(true, of_true, of_other).clamp(1e-6, 1 - 1e-6)
+        return replace(self, teacher_logits=mean.logit() if self.sigmoid else mean.log())
 
 
 def faster_rcnn(student, features, images, targets, pair=None):

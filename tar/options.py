@@ -130,7 +130,10 @@ def parser():
     g.add_argument("--soft-labels", choices=SOFT_LABELS, default=d.soft_labels, help=text)
     text = "weight of a background region among --soft-labels all"
     g.add_argument("--background-weight", type=weight, default=d.background_weight, metavar="W", help=text)
-    text = "whose classes and boxes the heads' levels imitate; truth: the ground truth's, a control (not the paper's)"
+    text = (
+        "whose classes and boxes the heads' levels imitate; controls, not the paper's: truth: the ground truth's; "
+        "smoothed: its classes, on average as sure as the teacher is"
+    )
     g.add_argument("--answers", choices=ANSWERS, default=d.answers, help=text)
     g.add_argument("--decay", choices=DECAYS, default="linear", help="of the distillation weight over the run")
     g.add_argument(
@@ -275,6 +278,10 @@ def complaint(args):
         (
             args.answers == "truth" and (own_proposals or args.inherit),
             "--answers truth is a control without the teacher: not with --proposals, --no-sharing or --inherit",
+        ),
+        (
+            args.answers == "smoothed" and not (args.weight_cls and not args.weight_reg and not all_regions),
+            "--answers smoothed is of the cls level's positive regions: with it, with --no-reg, and on no others",
         ),
         (all_regions and args.cls_gate == "better", "--cls-gate better: a background region has no true class"),
         (all_regions and not args.weight_cls, "--soft-labels all is of the cls level, which is off"),

@@ -101,6 +101,7 @@ ROWS = {
             for level, name in (("cls", "classification"), ("reg", "regression"))
             for answers in ("teacher", "truth")
         ),
+        ("classification level, smoothed labels", {**only("cls"), **CONSTANT, "answers": "smoothed"}, None),
         ("teacher", TEACHER, None),
     ),
 }

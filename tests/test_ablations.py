@@ -34,6 +34,7 @@ ABLATIONS = [  # (changed levels, the terms that differ then)
     ({"soft_labels": "all"}, {CLS}),
     ({"soft_labels": "all", "background_weight": 0.5}, {CLS}),
     ({"answers": "truth"}, {CLS, REG, "gate_open"}),
+    ({"answers": "smoothed"}, {CLS}),
     ({"backbone": 0.0}, {BACKBONE}),
     ({"cls": 0.0}, {CLS}),
     ({"reg": 0.0}, {REG, "gate_open"}),
@@ -331,6 +332,30 @@ def test_by_the_truth_the_heads_of_the_teacher_do_not_matter(pair, batch):
     assert len(before) == 2 and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_smoothed_labels_have_the_mean_of_the_teachers_for_the_true_class_and_for_the_others(outcome, pair, batch):
+    got = outcome(answers="smoothed")[1][CLS].item()
+    hand = ByHand(*pair, batch)
+    positives = [row for row in hand.rows(hand.sampled["student"], hand.sampled["student"]) if row[3] > 0]
+    taught = [(softmax(row[7]), row[3]) for row in positives]
+    true = sum(p[k] for p, k in taught) / len(taught)
+    other = (1 - true) / (len(taught[0][0]) - 1)
+    assert 0.01 < other < true < 0.99
+    cls = 0.0
+    for row in positives:
+        cls -= sum((true if k == row[3] else other) * math.log(p) for k, p in enumerate(softmax(row[5])))
+    assert got == pytest.approx(cls / len(positives), rel=1e-4)
+
+
+def test_smoothed_labels_of_a_teacher_that_is_certain_are_hard_and_finite(pair, batch):
+    student, teacher = pair
+    with torch.no_grad():  # sure of "background" for every region, by a margin that float32 rounds to 0 and 1
+        teacher.roi_heads.box_predictor.cls_score.bias[0] = 1e4
+    with torch.autocast("cpu", torch.bfloat16):
+        _, terms, _ = seeded(make_step(student, teacher, answers="smoothed", reg=0.0, backbone=0.0), batch, teacher)
+    terms[CLS].backward()
+    assert terms[CLS].isfinite() and all(g.isfinite().all() for g in gradients(student).values())
+
+
 # No sharing
 
 BOX, FAR = [0.0, 0, 10, 10], [80.0, 80, 90, 90]
@@ -417,6 +442,9 @@ PAIR = "--student r10 --teacher r18"
         (f"{PAIR} --answers truth --proposals both", "--answers truth is a control without the teacher"),
         (f"{PAIR} --answers truth --inherit", "--answers truth is a control without the teacher"),
         ("--student r10 --answers truth", "--answers needs --teacher BACKBONE"),
+        (f"{PAIR} --answers smoothed", "--answers smoothed is of the cls level's positive regions"),
+        (f"{PAIR} --answers smoothed --no-cls --no-reg", "--answers smoothed is of the cls level's positive regions"),
+        (f"{PAIR} --answers smoothed --no-reg --soft-labels all", "--answers smoothed is of the cls level's positive"),
         (f"{PAIR} --teacher-weights coco", "torchvision's COCO detectors are r50, not r18"),
         ("--student r10 --teacher r101 --teacher-weights coco --detector retinanet", "are r50, not r101"),
         (f"{PAIR} --teacher-weights x.pth --teacher-epochs 3", "--teacher-epochs: the teacher of --teacher-weights"),
@@ -452,6 +480,7 @@ def test_flags_that_contradict_each_other_are_refused_with_the_reason(capsys, fl
         ("--cls-gate better --reg-gate student", {"cls_gate": "better", "reg_gate": "student"}),
         ("--soft-labels all --background-weight 2", {"soft_labels": "all", "background_weight": 2.0}),
         ("--answers truth --no-reg", {"answers": "truth", "reg": 0.0}),
+        ("--answers smoothed --no-reg", {"answers": "smoothed", "reg": 0.0}),
         ("--proposals both --no-cls", {"proposals": "both", "cls": 0.0}),
         ("--no-sharing", {"sharing": False}),
         ("--weight-backbone 0.5 --weight-cls 2 --weight-reg 3", {"backbone": 0.5, "cls": 2.0, "reg": 3.0}),

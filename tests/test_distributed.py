@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
+from tar.distill import Shared
 from tar.losses import backbone_loss, classification_loss, regression_loss
 from tar.regions import over_processes
 
@@ -81,7 +82,7 @@ def test_both_processes_share_an_epoch_and_one_writes(runs):
 
 
 class Tiny(nn.Module):
-    """The three distillation terms of fixed features, logits and deltas, scaled by trained factors."""
+    """The distillation's terms of fixed features, logits and deltas, scaled by trained factors."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +99,13 @@ class Tiny(nn.Module):
             backbone_loss([features * self.features[:, None, None]], [wanted], [masks], cells),
             classification_loss(logits * self.logits, soft, count),
             regression_loss(deltas * self.deltas, taught, gate > 0, count),
+            classification_loss(logits * self.logits, self.smoothed(soft), count),
         )
+
+    def smoothed(self, soft):
+        """The labels of --answers smoothed, whose mean is over both processes."""
+        unused = dict.fromkeys(("region", "teacher_region", "truth", "logits", "deltas", "teacher_deltas", "box_coder"))
+        return Shared(soft.argmax(1), teacher_logits=soft, sigmoid=False, **unused).smoothed().teacher_logits
 
 
 def image(seed, positives, boxes=True):
@@ -117,7 +124,7 @@ BATCHES = {
     "one process without boxes": [image(6, 0, boxes=False), image(7, 4)],
     "no boxes at all": [image(8, 0, boxes=False), image(9, 0, boxes=False)],
 }
-TERMS = ("backbone", "classification", "regression")
+TERMS = ("backbone", "classification", "regression", "smoothed")
 
 
 def gradients(module, images):

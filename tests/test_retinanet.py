@@ -340,6 +340,23 @@ def test_by_the_truth_the_heads_levels_have_the_labels_and_the_boxes(pair, halve
     assert distillation["distill_reg"].item() == pytest.approx(reg / len(hand.positives), rel=1e-4)
 
 
+def test_smoothed_labels_have_the_mean_of_the_teachers_for_the_true_class_and_for_the_others(pair, halves):
+    step = make_step(*pair, answers="smoothed")
+    pair[1].head.classification_head.cls_logits.bias.view(-1, 4)[:, 3] += 2.0  # lest all classes be alike to it
+    got = step(*halves, pair[1])[1]["distill_cls"].item()
+    positives = ByHand(step, pair[1], halves).positives
+    taught = [(sigmoid(s), k == row[2]) for row in positives for k, s in enumerate(row[5][1:], 1)]
+    mean = {kind: [p for p, true in taught if true == kind] for kind in (True, False)}
+    mean = {kind: sum(p) / len(p) for kind, p in mean.items()}
+    assert abs(mean[True] - mean[False]) > 0.01
+    cls = 0.0
+    for row in positives:
+        for k, s in enumerate(row[3][1:], 1):
+            wanted = mean[k == row[2]]
+            cls -= wanted * math.log(sigmoid(s)) + (1 - wanted) * math.log(sigmoid(-s))
+    assert got == pytest.approx(cls / len(positives), rel=1e-4)
+
+
 def test_the_column_of_the_background_does_not_matter(pair, halves):
     student, teacher = pair
     step = make_step(student, teacher, cls_gate="better")
