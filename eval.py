@@ -22,8 +22,9 @@ from tar.evaluation import evaluate
 from tar.export import export
 from tar.machine import set_up
 from tar.options import LEVELS, TABLES
+from tar.report import curves_picture
 from tar.runs import read_json
-from tar.tabulation import class_table, markdown, table_text
+from tar.tabulation import class_table, curves_of, logs_of, main_figure, markdown, table_text
 
 GIVEN = ("data_path", "split", "val_json", "val_images", "limit_test", "batch_size", "amp", "teacher_weights")
 
@@ -73,7 +74,8 @@ def parser():
     g = p.add_argument_group("output")
     g.add_argument("--results", default="runs", metavar="DIR", help="folder of --table's runs (default: runs)")
     g.add_argument("--json", metavar="FILE", help="write the figures there too")
-    text = "folder of pictures, detections or the report (default: in the run's, `pictures`, `detections` and itself)"
+    text = "folder of pictures, detections or the report (default: in the run's, `pictures`, `detections` and itself); "
+    text += "with --table: of a picture of its curves"
     g.add_argument("--output", metavar="DIR", help=text)
     return p
 
@@ -93,7 +95,7 @@ def main(argv=None):
         if given.json and not Path(given.json).resolve().parent.is_dir():
             raise UserError(f"--json {given.json}: there is no such folder")
         if given.table:
-            print_tables(given.table, Path(given.results))
+            print_tables(given.table, Path(given.results), given.output)
         elif given.compare:
             compare_runs(given, flags)
         elif given.report:
@@ -180,14 +182,23 @@ def write_report(given, flags):
     machine.say(f"{file}")
 
 
-def print_tables(name, folder):
-    """Prints what train.py --table has noted in a folder, and the results that are there."""
+def print_tables(name, folder, output=None):
+    """Prints what train.py --table has noted in a folder, and the results that are there; draws the curves there."""
     found = sorted(folder.glob(f"table-{name}-*.json")) or sorted((folder / name).glob(f"table-{name}-*.json"))
     if not found:
         first = "train.py" if name == "demo" else f"train.py --table {name}"
         raise UserError(f"{folder}: no table-{name}-*.json; run {first} first, or give --results DIR")
     for file in found:
-        print(table_text(read_json(file), file.parent) + "\n")
+        index = read_json(file)
+        print(table_text(index, file.parent) + "\n")
+        if output:
+            figure, title = main_figure(index["dataset"])
+            curves = curves_of(logs_of(index, file.parent), figure)
+            if not curves:
+                raise UserError(f"{file}: no run of it has been evaluated yet; there are no curves to draw")
+            picture = show.made(output) / f"{file.stem}.svg"
+            checkpoint.save_text(picture, curves_picture(file.stem, f"{title}, percent", curves))
+            print(picture)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import math
+from statistics import fmean, stdev
 
 from tar.compare import FIGURES
 from tar.pictures import few_colours
@@ -11,12 +12,14 @@ from tar.tabulation import cell
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 300, 56, 36, 10  # pixels of a plot
 NOT_LOSSES = ("lr", "decay", "images_per_second", "epoch", "step", "bad_steps", "positives", "gate_open")
-STYLE = """
+COLOURS = """
 :root { --paper: #fff; --ink: #1c1c1c; --pale: #767676; --line: #d8d8d8;
   --c0: #3b62b5; --c1: #d4761c; --c2: #2b8a4b; --c3: #b0306a; --c4: #6d4fb8; --c5: #0f8aa0; --c6: #8a6d1d; --c7: #777; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e6e6e6; --pale: #9a9a9a; --line: #3a3d44;
   --c0: #86a8f0; --c1: #f0a45c; --c2: #6fcf92; --c3: #f08cb8; --c4: #b49cf0; --c5: #6ccbdd; --c6: #d8bd6a; --c7: #aaa; }
 }
+"""
+STYLE = """
 @media print { :root { --paper: #fff; --ink: #000; --pale: #555; --line: #ccc; }
   figure, table { break-inside: avoid; } h2, h3 { break-after: avoid; } .plots { grid-template-columns: 1fr 1fr; }
   .wide, pre { overflow: visible !important; } pre { white-space: pre-wrap !important; font-size: .7rem; }
@@ -47,7 +50,7 @@ def page(title, sections):
     head += '<link rel="icon" href="data:,">'
     title = html.escape(title)
     return (
-        f'<!doctype html>\n<html lang="en"><head>{head}<title>{title}</title><style>{STYLE}</style></head>\n'
+        f'<!doctype html>\n<html lang="en"><head>{head}<title>{title}</title><style>{COLOURS}{STYLE}</style></head>\n'
         f"<body><h1>{title}</h1>\n{body}</body></html>\n"
     )
 
@@ -79,7 +82,47 @@ def plot(title, series, x_name, y_name, y_from_0=True):
     series = {name: row for name, row in series.items() if row}
     if not series:
         return ""
-    xs, ys = ([p[axis] for row in series.values() for p in row] for axis in (0, 1))
+    key = "".join(
+        f'<span><i style="background: var(--c{i % 8})"></i>{html.escape(n)}</span>' for i, n in enumerate(series)
+    )
+    marks = axes_and_lines(series, x_name, y_name, y_from_0)
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{marks}</svg>'
+    return f'<figure><h3>{html.escape(title)}</h3>{svg}<div class="key">{key}</div></figure>'
+
+
+def curves_picture(title, y_name, curves):
+    """The curves of a table's rows as an SVG file's text: the means, and a standard deviation to either side.
+
+    Args:
+        curves: {title of a row: {epoch: figures of its seeds, percent}}, as tar.tabulation.curves_of() returns them.
+    """
+    lines, bands = {}, {}
+    for row, curve in curves.items():
+        sides = [(x, fmean(v), stdev(v) if len(v) > 1 else 0.0) for x, v in sorted(curve.items())]
+        lines[row] = [(x, y) for x, y, _ in sides]
+        bands[row] = [(x, y - s) for x, y, s in sides] + [(x, y + s) for x, y, s in reversed(sides)]
+    marks, y = axes_and_lines(lines, "epoch", y_name, bands=bands), HEIGHT
+    for i, row in enumerate(lines):
+        y = HEIGHT + 14 + 18 * i
+        marks += f'<rect x="{LEFT}" y="{y - 6}" width="18" height="4" fill="var(--c{i % 8})"/>'
+        marks += f'<text x="{LEFT + 26}" y="{y}">{html.escape(row)}</text>'
+    style = (
+        f"{COLOURS}svg {{ background: var(--paper); }} text {{ fill: var(--ink); font: 12px system-ui, sans-serif; }}"
+    )
+    head = f"<title>{html.escape(title)}</title><style>{style}</style>"
+    size = f'viewBox="0 0 {WIDTH} {y + 12}" width="{WIDTH}" height="{y + 12}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">{head}{marks}</svg>\n'
+
+
+def axes_and_lines(series, x_name, y_name, y_from_0=True, bands=None):
+    """What is inside of a plot's <svg>.
+
+    Args:
+        series: {name: list of (x, y)}, finite, none empty.
+        bands: {name: corners of the area to shade in its colour}.
+    """
+    bands = bands or {}
+    xs, ys = ([p[axis] for row in (*series.values(), *bands.values()) for p in row] for axis in (0, 1))
     low_x, high_x, high_y = min(xs), max(xs), max(ys)
     low_y = min(0.0, *ys) if y_from_0 else min(ys)
     high_x, high_y = (high if high > low else low + 1.0 for low, high in ((low_x, high_x), (low_y, high_y)))
@@ -100,17 +143,16 @@ def plot(title, series, x_name, y_name, y_from_0=True):
     middle = (HEIGHT - BOTTOM) / 2
     place = f'x="12" y="{middle}" transform="rotate(-90 12 {middle})" text-anchor="middle"'
     marks.append(f"<text {place}>{html.escape(y_name)}</text>")
-    for i, row in enumerate(series.values()):
+    for i, (name, row) in enumerate(series.items()):
         points = " ".join(at(x, y) for x, y in row)
+        if name in bands:
+            area = " ".join(at(x, y) for x, y in bands[name])
+            marks.append(f'<polygon points="{area}" fill="var(--c{i % 8})" opacity="0.2"/>')
         marks.append(f'<polyline points="{points}" fill="none" stroke="var(--c{i % 8})" stroke-width="1.7"/>')
         for point in row if len(row) <= 24 else ():
             x, y = at(*point).split(",")
             marks.append(f'<circle cx="{x}" cy="{y}" r="3" fill="var(--c{i % 8})"/>')
-    key = "".join(
-        f'<span><i style="background: var(--c{i % 8})"></i>{html.escape(n)}</span>' for i, n in enumerate(series)
-    )
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">{"".join(marks)}</svg>'
-    return f'<figure><h3>{html.escape(title)}</h3>{svg}<div class="key">{key}</div></figure>'
+    return "".join(marks)
 
 
 def smooth(row, most=120):

@@ -75,15 +75,18 @@ def table_text(index, parent):
                 text += [f"Over the plain student of {which}: {', '.join(gains)}."] if gains else []
             parts.append(" ".join(filter(None, text)))
     try:
-        logs = {}
-        for row in rows:
-            files = [Path(parent) / run / "log.jsonl" for run in row["runs"]]
-            logs[row["title"]] = [read_log(file) for file in files if file.is_file()]
-        parts += [text for text in (curves_text(logs, main, main_title), gates_text(logs)) if text]
+        logs = logs_of(index, parent)
+        parts += [text for text in (curves_text(curves_of(logs, main), main_title), gates_text(logs)) if text]
     except UserError as error:  # the figures do not hang on a log
         parts.append(f"Curves and gates are left out: {error}")
     parts.append("\n".join(f"{row['title']}:\n    {row['command']}" for row in rows if row["command"]))
     return "\n\n".join(filter(None, parts))
+
+
+def logs_of(index, parent):
+    """{title of a row: log.jsonl's lines of each seed}; arguments as table_text()."""
+    files = {row["title"]: [Path(parent) / run / "log.jsonl" for run in row["runs"]] for row in index["rows"]}
+    return {title: [read_log(file) for file in of_row if file.is_file()] for title, of_row in files.items()}
 
 
 def _first(runs):
@@ -126,19 +129,24 @@ def verdict(students, teachers, dataset, teacher):
     return f"The student {said} its {teacher}: {text}."
 
 
-def curves_text(logs, figure, title):
-    """A figure at each evaluation as Markdown, or None where no run has two.
-
-    Args:
-        logs: {title of a row: log.jsonl's lines of each seed}.
-        figure, title: as main_figure() returns them.
-    """
+def curves_of(logs, figure):
+    """A figure at each evaluation: {title of a row: {epoch: figures of its seeds}}; logs as logs_of() returns them."""
     measured = {}
     for row, runs in logs.items():
         for log in runs:
             for line in log:
                 if "metrics" in line:
                     measured.setdefault(row, {}).setdefault(line["epoch"], []).append(line["metrics"][figure])
+    return measured
+
+
+def curves_text(measured, title):
+    """Curves as Markdown, or None where no run has two evaluations.
+
+    Args:
+        measured: as curves_of() returns it.
+        title: of the figure.
+    """
     epochs = sorted({epoch for curve in measured.values() for epoch in curve})
     if all(len(curve) < 2 for curve in measured.values()):
         return None

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 from html.parser import HTMLParser
 
 import numpy as np
@@ -24,7 +25,7 @@ from tar.machine import Machine
 from tar.masks import gaussian_mask
 from tar.models import build_detector
 from tar.pictures import TEACHER, UNUSED, USED, Tile, class_colour, few_colours, look, panel, soft_row
-from tar.report import plot, ticks
+from tar.report import curves_picture, plot, ticks
 
 CPU = Machine(0, 1, torch.device("cpu"), "none")
 
@@ -319,6 +320,32 @@ def test_plots():
     assert x0 < x1 and y0 > y1 and "nothing" not in svg  # up is less in SVG
     assert plot("t", {"a": []}, "x", "y") == ""
     assert plot("t", {"a": [(1, 2.0)]}, "x", "y").count("<circle") == 1
+
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_picture_of_a_tables_curves_has_means_and_deviations():
+    svg = curves_picture(
+        "a <title>", "AP, percent", {"one": {4: [30.0, 36.0, 33.0], 8: [40.0]}, "two & more": {4: [0.0]}}
+    )
+    root = xml.etree.ElementTree.fromstring(svg)
+    at = {kind: [_points(x.get("points")) for x in root.iter(SVG + kind)] for kind in ("polyline", "polygon")}
+    [(x4, mean), (x8, top)], [(_, bottom)] = at["polyline"]
+    scale = (bottom - top) / 40  # pixels of one point of AP
+    assert x4 < x8 and bottom - mean == pytest.approx(33 * scale, abs=0.1)
+    band = at["polygon"][0]
+    assert [x for x, _ in band] == [x4, x8, x8, x4]  # along the lower side, and back along the upper one
+    assert [bottom - y for _, y in band] == pytest.approx([30 * scale, 40 * scale, 40 * scale, 36 * scale], abs=0.1)
+    words = [text.text for text in root.iter(SVG + "text")]
+    assert {"one", "two & more", "epoch", "AP, percent"} <= set(words)
+    assert root.find("{*}title").text == "a <title>"
+    height = float(root.get("viewBox").split()[3])
+    assert all(float(text.get("y")) < height for text in root.iter(SVG + "text"))
+
+
+def _points(text):
+    return [tuple(map(float, point.split(","))) for point in text.split()]
 
 
 # Export

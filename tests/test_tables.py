@@ -414,6 +414,27 @@ def test_a_killed_table_is_finished_by_the_same_command(killed_table, capsys):
     assert {r["cost"] for r in results["student, no distillation"]} == {1.0}
 
 
+def test_the_curves_of_a_table_are_drawn_in_a_file(killed_table, tmp_path, capsys):
+    call(evaluation.main, "--table", "decay", "--results", killed_table.folder, "--output", tmp_path / "curves")
+    file = tmp_path / "curves/table-decay-shapes-faster-rcnn.svg"
+    assert capsys.readouterr().out.splitlines()[-1] == str(file)
+    text = file.read_text()
+    [note] = killed_table.folder.glob("table-decay-*.json")
+    titles = [row["title"] for row in json.loads(note.read_text())["rows"]]
+    assert len(titles) == text.count("<polyline") == text.count("<polygon") == 3
+    assert all(f">{title}</text>" in text for title in titles)
+
+
+def test_curves_of_a_table_without_runs_are_said_in_a_line(tmp_path, capsys):
+    row = {"title": "teacher", "kind": "teacher", "paper": None, "command": "", "runs": ["gone"]}
+    index = {"dataset": "shapes", "detector": "faster-rcnn", "test_images": 4, "papers": False, "rows": [row]}
+    (tmp_path / "table-claim-shapes-faster-rcnn.json").write_text(json.dumps(index))
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluation.main, "--table", "claim", "--results", tmp_path, "--output", tmp_path / "curves")
+    assert stopped.value.code == 2 and "no run of it has been evaluated yet" in capsys.readouterr().err
+    assert not (tmp_path / "curves").exists()
+
+
 def test_a_table_that_was_not_run_is_said_in_a_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(evaluation.main, "--table", "voc", "--results", tmp_path)
