@@ -281,7 +281,7 @@ def complaint(args):
         ),
         (
             args.answers == "smoothed" and not (args.weight_cls and not args.weight_reg and not all_regions),
-            "--answers smoothed is of the cls level's positive regions: give --no-reg, not --no-cls or --soft-labels all",
+            "--answers smoothed is of the cls level's positive regions: give --no-reg, no --no-cls, no --soft-labels",
         ),
         (all_regions and args.cls_gate == "better", "--cls-gate better: a background region has no true class"),
         (all_regions and not args.weight_cls, "--soft-labels all is of the cls level, which is off"),
