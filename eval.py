@@ -183,7 +183,7 @@ def write_report(given, flags):
 
 
 def print_tables(name, folder, output=None):
-    """Prints what train.py --table has noted in a folder, and the results that are there; draws the curves there."""
+    """Prints the tables that train.py has noted in a folder, with the results there; draws their curves into output."""
     found = sorted(folder.glob(f"table-{name}-*.json")) or sorted((folder / name).glob(f"table-{name}-*.json"))
     if not found:
         first = "train.py" if name == "demo" else f"train.py --table {name}"

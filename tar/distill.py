@@ -196,7 +196,7 @@ class Shared:
         """The same with smoothed hard labels in the place of the teacher's soft ones, as sure of the truth as it is.
 
         The true class has the teacher's mean probability of it over all positive regions of the batch, each other class
-        the mean of the others: the labels are as soft, and say nothing of a region or of which classes are alike.
+        the mean of the others: as unsure of the truth on average, and the same for every region of a class.
         """
         given = self.teacher_logits.float()
         given = given.sigmoid() if self.sigmoid else given.softmax(1)

@@ -135,7 +135,7 @@ def curves_of(logs, figure):
     for row, runs in logs.items():
         for log in runs:
             for line in log:
-                if "metrics" in line:
+                if line.get("metrics", {}).get(figure) is not None:  # no ground truth, no figure
                     measured.setdefault(row, {}).setdefault(line["epoch"], []).append(line["metrics"][figure])
     return measured
 

@@ -346,7 +346,7 @@ def test_smoothed_labels_have_the_mean_of_the_teachers_for_the_true_class_and_fo
     assert got == pytest.approx(cls / len(positives), rel=1e-4)
 
 
-def test_smoothed_labels_of_a_teacher_that_is_certain_are_hard_and_finite(pair, batch):
+def test_smoothed_labels_of_a_teacher_that_rules_the_true_classes_out_are_finite(pair, batch):
     student, teacher = pair
     with torch.no_grad():  # sure of "background" for every region, by a margin that float32 rounds to 0 and 1
         teacher.roi_heads.box_predictor.cls_score.bias[0] = 1e4
