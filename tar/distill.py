@@ -207,7 +207,7 @@ class Shared:
         of_true, of_other = (
             over_processes((given * kind).sum()) / over_processes(kind.sum(), least=1.0) for kind in (true, other)
         )
-        mean = torch.where(true, of_true, of_other).clamp(1e-6, 1 - 1e-6)
+        mean = torch.where(true, of_true, of_other)
         return replace(self, teacher_logits=mean.logit() if self.sigmoid else mean.log())
 
 
