@@ -24,7 +24,7 @@ from tar.machine import set_up
 from tar.options import LEVELS, TABLES
 from tar.report import curves_picture
 from tar.runs import read_json
-from tar.tabulation import class_table, curves_of, logs_of, main_figure, markdown, table_text
+from tar.tabulation import class_table, classes_text, curves_of, logs_of, main_figure, markdown, table_text
 
 GIVEN = ("data_path", "split", "val_json", "val_images", "limit_test", "batch_size", "amp", "teacher_weights")
 
@@ -73,6 +73,8 @@ def parser():
     g.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
     g = p.add_argument_group("output")
     g.add_argument("--results", default="runs", metavar="DIR", help="folder of --table's runs (default: runs)")
+    text = "with --table: the figures of each class too"
+    g.add_argument("--per-class", action="store_true", help=text)
     g.add_argument("--json", metavar="FILE", help="write the figures there too")
     text = "folder of pictures, detections or the report (default: in the run's, `pictures`, `detections` and itself); "
     text += "with --table: of a picture of its curves"
@@ -88,6 +90,8 @@ def main(argv=None):
         p.error(f"--{only_weights[0].replace('_', '-')} needs --weights FILE")
     if given.threshold > 1:
         p.error(f"--threshold {given.threshold}: a score lies between 0 and 1")
+    if given.per_class and not given.table:
+        p.error("--per-class needs --table NAME; --weights FILE alone prints the classes anyway")
     if given.level and not given.show:
         p.error(f"--level {given.level} needs --show")
     flags = {name: getattr(given, name) for name in GIVEN}
@@ -95,7 +99,7 @@ def main(argv=None):
         if given.json and not Path(given.json).resolve().parent.is_dir():
             raise UserError(f"--json {given.json}: there is no such folder")
         if given.table:
-            print_tables(given.table, Path(given.results), given.output)
+            print_tables(given.table, Path(given.results), given.output, given.per_class)
         elif given.compare:
             compare_runs(given, flags)
         elif given.report:
@@ -182,7 +186,7 @@ def write_report(given, flags):
     machine.say(f"{file}")
 
 
-def print_tables(name, folder, output=None):
+def print_tables(name, folder, output=None, per_class=False):
     """Prints the tables that train.py has noted in a folder, with the results there; draws their curves into output."""
     found = sorted(folder.glob(f"table-{name}-*.json")) or sorted((folder / name).glob(f"table-{name}-*.json"))
     if not found:
@@ -191,6 +195,8 @@ def print_tables(name, folder, output=None):
     for file in found:
         index = read_json(file)
         print(table_text(index, file.parent) + "\n")
+        if per_class:
+            print((classes_text(index, file.parent) or "no run has ended: no figures by class") + "\n")
         if output:
             figure, title = main_figure(index["dataset"])
             curves = curves_of(logs_of(index, file.parent), figure)

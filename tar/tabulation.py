@@ -30,19 +30,8 @@ def table_text(index, parent):
     figures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"} | (
         {"voc07": "VOC07 mAP", "voc_area": "VOC area mAP"} if voc else {}
     )
-    results = {}  # {title: {number of the seed: result}}
-    for row in rows:
-        files = {seed: Path(parent) / run / "result.json" for seed, run in enumerate(row["runs"])}
-        results[row["title"]] = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
-    plain, equal = (next((results[r["title"]] for r in rows if r["kind"] == kind), {}) for kind in (PLAIN, EQUAL))
-
-    def equal_to(runs):
-        """The plain runs that cost as much as these, or more; none if there are none, or if they are plain's own."""
-        if not plain or not equal or not runs:
-            return {}
-        epochs, longest = _first(plain)["epochs"], _first(equal)["epochs"]
-        return equal if epochs < longest >= math.ceil(epochs * _cost(runs) - 1e-9) else {}
-
+    results = results_of(index, parent)
+    plain = _of_kind(PLAIN, rows, results)
     header = ["run", *figures.values(), "gain", "over equal cost", *(["paper"] if papers else [])]
     header += ["cost", "parameters (M)", "epochs", "training minutes", "ms an image"]
     lines = []
@@ -50,7 +39,7 @@ def table_text(index, parent):
         runs = results[row["title"]]
         line = [row["title"], *(spread([r[f] for r in runs.values()]) for f in figures)]
         line.append(None if row["kind"] == PLAIN else gain(runs, plain, main))
-        line.append(gain(runs, equal_to(runs), main) if row["kind"] == DISTILLED else None)
+        line.append(gain(runs, _equal_to(runs, rows, results), main) if row["kind"] == DISTILLED else None)
         line += [row["paper"]] if papers else []
         if runs:
             line += [f"{_cost(runs):.2f}" if row["kind"] == DISTILLED else None]
@@ -70,7 +59,7 @@ def table_text(index, parent):
         runs = results[row["title"]]
         if row.get("whole") and runs:
             text = [verdict(runs, results.get(row["teacher_row"], {}), index["dataset"], row["teacher_row"])]
-            for which, others in (("the same epochs", plain), ("equal cost", equal_to(runs))):
+            for which, others in (("the same epochs", plain), ("equal cost", _equal_to(runs, rows, results))):
                 gains = [f"{gain(runs, others, f)} {figures[f]}" for f in (main, "AP50") if gain(runs, others, f)]
                 text += [f"Over the plain student of {which}: {', '.join(gains)}."] if gains else []
             parts.append(" ".join(filter(None, text)))
@@ -81,6 +70,36 @@ def table_text(index, parent):
         parts.append(f"Curves and gates are left out: {error}")
     parts.append("\n".join(f"{row['title']}:\n    {row['command']}" for row in rows if row["command"]))
     return "\n\n".join(filter(None, parts))
+
+
+def classes_text(index, parent):
+    """A table's figures class by class as Markdown, and of the whole method what it gains there; None before any run.
+
+    Args: as table_text()'s. The figure is the one in which that table's gains are counted.
+    """
+    (figure, title), rows, results = main_figure(index["dataset"]), index["rows"], results_of(index, parent)
+    rows = [row for row in rows if results[row["title"]]]
+    header, lines = ["class", *(row["title"] for row in rows)], {}
+    for row in rows:
+        runs = results[row["title"]]
+        versus = {"teacher": results.get(row.get("teacher_row"), {}), "plain": _of_kind(PLAIN, rows, results)}
+        versus = {**versus, "equal cost": _equal_to(runs, rows, results)} if row.get("whole") else {}
+        header += [f"{row['title']}: over {name}" for name in versus]
+        for name in _first(runs)["per_class"]:
+            line = lines.setdefault(name, ([], []))
+            line[0].append(spread([r[figure] for r in _of_class(runs, name).values()]))
+            line[1].extend(gain(_of_class(runs, name), _of_class(others, name), figure) for others in versus.values())
+    table = markdown(header, [[name, *figures, *gains] for name, (figures, gains) in lines.items()])
+    return f"{title.replace('mAP', 'AP')} of each class:\n\n{table}" if lines else None
+
+
+def results_of(index, parent):
+    """{title of a row: {number of the seed: result.json's dict}}; arguments as table_text()."""
+    results = {}
+    for row in index["rows"]:
+        files = {seed: Path(parent) / run / "result.json" for seed, run in enumerate(row["runs"])}
+        results[row["title"]] = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
+    return results
 
 
 def logs_of(index, parent):
@@ -95,6 +114,23 @@ def _first(runs):
 
 def _cost(runs):
     return mean(r["cost"] for r in runs.values())
+
+
+def _of_kind(kind, rows, results):
+    return next((results[row["title"]] for row in rows if row["kind"] == kind), {})
+
+
+def _of_class(runs, name):
+    return {seed: run["per_class"][name] for seed, run in runs.items()}
+
+
+def _equal_to(runs, rows, results):
+    """The plain runs that cost as much as these, or more; none if there are none, or if they are plain's own."""
+    plain, equal = _of_kind(PLAIN, rows, results), _of_kind(EQUAL, rows, results)
+    if not plain or not equal or not runs:
+        return {}
+    epochs, longest = _first(plain)["epochs"], _first(equal)["epochs"]
+    return equal if epochs < longest >= math.ceil(epochs * _cost(runs) - 1e-9) else {}
 
 
 def _pairs(runs, others, figure):

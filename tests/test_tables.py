@@ -20,7 +20,7 @@ from tar import UserError, options
 from tar.machine import Machine
 from tar.runs import changed, read_log, run_name
 from tar.tables import command_of, rows_of, run_table
-from tar.tabulation import DISTILLED, EQUAL, PLAIN, TEACHER, spread, table_text
+from tar.tabulation import DISTILLED, EQUAL, PLAIN, TEACHER, classes_text, spread, table_text
 
 # Two rows of a table, and the one of equal cost: what a bare `--table decay` runs, cut short.
 SHORT = """
@@ -244,8 +244,48 @@ class TestText:
         assert (rows["TAR"]["AP"], rows["TAR"]["gain"]) == ("-", "+13.0") and "+13.0 AP, +19.5 AP50." in text
 
     def test_nothing_has_ended(self, tmp_path):
-        text = table_text(write_table(tmp_path, {"student": (PLAIN, None, [None])}), tmp_path)
+        index = write_table(tmp_path, {"student": (PLAIN, None, [None])})
+        text = table_text(index, tmp_path)
         assert "no run has ended" in text and tables_in(text)[0]["student"]["AP"] == "-"
+        assert classes_text(index, tmp_path) is None
+
+    @pytest.mark.parametrize(("dataset", "title"), [("coco", "AP"), ("voc", "VOC07 AP")])
+    def test_each_class_of_each_row_and_what_the_method_gains_there(self, tmp_path, dataset, title):
+        index = self.four_rows(tmp_path, dataset=dataset)
+        # AP of cat and cow, seed by seed; VOC's own figure is another one, so that one is not taken for the other
+        figures = {
+            "run0-0": (10.0, None),
+            "run0-1": (12.0, None),
+            "run1-0": (11.0, 5.0),
+            "run1-1": (11.0, 5.0),
+            "run2-0": (20.0, 7.0),
+            "run2-1": (26.0, 8.0),
+            "run3-0": (19.0, 9.0),
+            "run4-0": (15.0, 7.5),
+            "run4-1": (15.0, 7.5),
+        }
+        (tmp_path / "run3-1/result.json").unlink()  # the teacher has its first seed only
+        for run, aps in figures.items():
+            file, other = tmp_path / run / "result.json", "AP" if dataset == "voc" else "voc07"
+            mine = "voc07" if dataset == "voc" else "AP"
+            rows = {name: {mine: ap, other: 1.0} for name, ap in zip(("cat", "cow"), aps, strict=True)}
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"per_class": rows}))
+        text = classes_text(index, tmp_path)
+        assert text.startswith(f"{title} of each class:\n")
+        [rows] = tables_in(text)
+        assert rows["cat"] == {
+            "class": "cat",
+            "student": "11.0 ± 1.4",
+            "part": "11.0 ± 0.0",
+            "TAR": "23.0 ± 4.2",
+            "teacher": "19.0",
+            "equal": "15.0 ± 0.0",
+            "TAR: over teacher": "+1.0",
+            "TAR: over plain": "+12.0 ± 2.8",
+            "TAR: over equal cost": "+8.0 ± 4.2",
+        }
+        assert (rows["cow"]["student"], rows["cow"]["TAR: over plain"]) == ("-", "-")  # no ground truth of it, say
+        assert (rows["cow"]["TAR: over teacher"], rows["cow"]["TAR: over equal cost"]) == ("-2.0", "+0.0 ± 0.7")
 
     def test_the_curve_of_each_row_and_how_often_its_gate_is_open(self, tmp_path):
         none = [None] * 4
@@ -423,6 +463,25 @@ def test_the_curves_of_a_table_are_drawn_in_a_file(killed_table, tmp_path, capsy
     titles = [row["title"] for row in json.loads(note.read_text())["rows"]]
     assert len(titles) == text.count("<polyline") == text.count("<polygon") == 3
     assert all(f">{title}</text>" in text for title in titles)
+
+
+def test_the_classes_of_a_table_are_printed_under_it(killed_table, capsys):
+    call(evaluation.main, "--table", "decay", "--results", killed_table.folder, "--per-class")
+    printed = capsys.readouterr().out
+    assert "AP of each class:" in printed
+    rows = tables_in(printed)[-1]
+    [note] = killed_table.folder.glob("table-decay-*.json")
+    plain = json.loads(note.read_text())["rows"][0]
+    results = [json.loads((killed_table.folder / run / "result.json").read_text()) for run in plain["runs"]]
+    shown = {name: float(row[plain["title"]].split(" ± ")[0]) for name, row in rows.items()}
+    one, other = ({name: row["AP"] for name, row in result["per_class"].items()} for result in results)
+    assert shown == {name: pytest.approx((one[name] + other[name]) / 2, abs=0.051) for name in one}
+
+
+def test_classes_are_of_a_table(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluation.main, "--weights", tmp_path / "last.pth", "--per-class")
+    assert stopped.value.code == 2 and "--per-class needs --table NAME" in capsys.readouterr().err
 
 
 def test_curves_of_a_table_without_runs_are_said_in_a_line(tmp_path, capsys):
