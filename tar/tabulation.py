@@ -73,12 +73,18 @@ def table_text(index, parent):
 
 
 def classes_text(index, parent):
-    """A table's figures class by class as Markdown, and of the whole method what it gains there; None before any run.
+    """A table's figures class by class as Markdown, and what the whole method gains there; None before any run.
 
-    Args: as table_text()'s. The figure is the one in which that table's gains are counted.
+    Args: as table_text()'s.
     """
-    (figure, title), rows, results = main_figure(index["dataset"]), index["rows"], results_of(index, parent)
-    rows = [row for row in rows if results[row["title"]]]
+    figures = {"AP": "AP", "AP50": "AP50"} | ({"voc07": "VOC07 AP"} if index["dataset"] == "voc" else {})
+    results = results_of(index, parent)
+    rows = [row for row in index["rows"] if results[row["title"]]]
+    tables = [f"{title} of each class:\n\n{_classes_table(figure, rows, results)}" for figure, title in figures.items()]
+    return "\n\n".join(tables) if rows else None
+
+
+def _classes_table(figure, rows, results):
     header, lines = ["class", *(row["title"] for row in rows)], {}
     for row in rows:
         runs = results[row["title"]]
@@ -89,8 +95,7 @@ def classes_text(index, parent):
             line = lines.setdefault(name, ([], []))
             line[0].append(spread([r[figure] for r in _of_class(runs, name).values()]))
             line[1].extend(gain(_of_class(runs, name), _of_class(others, name), figure) for others in versus.values())
-    table = markdown(header, [[name, *figures, *gains] for name, (figures, gains) in lines.items()])
-    return f"{title.replace('mAP', 'AP')} of each class:\n\n{table}" if lines else None
+    return markdown(header, [[name, *figures, *gains] for name, (figures, gains) in lines.items()])
 
 
 def results_of(index, parent):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -249,10 +250,10 @@ class TestText:
         assert "no run has ended" in text and tables_in(text)[0]["student"]["AP"] == "-"
         assert classes_text(index, tmp_path) is None
 
-    @pytest.mark.parametrize(("dataset", "title"), [("coco", "AP"), ("voc", "VOC07 AP")])
-    def test_each_class_of_each_row_and_what_the_method_gains_there(self, tmp_path, dataset, title):
+    @pytest.mark.parametrize("dataset", ["coco", "voc"])
+    def test_each_class_of_each_row_and_what_the_method_gains_there(self, tmp_path, dataset):
         index = self.four_rows(tmp_path, dataset=dataset)
-        # AP of cat and cow, seed by seed; VOC's own figure is another one, so that one is not taken for the other
+        # AP of cat and cow, seed by seed; AP50 is twice and VOC's own figure three times as large
         figures = {
             "run0-0": (10.0, None),
             "run0-1": (12.0, None),
@@ -266,13 +267,18 @@ class TestText:
         }
         (tmp_path / "run3-1/result.json").unlink()  # the teacher has its first seed only
         for run, aps in figures.items():
-            file, other = tmp_path / run / "result.json", "AP" if dataset == "voc" else "voc07"
-            mine = "voc07" if dataset == "voc" else "AP"
-            rows = {name: {mine: ap, other: 1.0} for name, ap in zip(("cat", "cow"), aps, strict=True)}
+            file = tmp_path / run / "result.json"
+            rows = {
+                name: {"AP": ap, "AP50": ap and 2 * ap, "voc07": ap and 3 * ap}
+                for name, ap in zip(("cat", "cow"), aps, strict=True)
+            }
             file.write_text(json.dumps(json.loads(file.read_text()) | {"per_class": rows}))
         text = classes_text(index, tmp_path)
-        assert text.startswith(f"{title} of each class:\n")
-        [rows] = tables_in(text)
+        titles = re.findall("(.*) of each class:", text)
+        assert titles == ["AP", "AP50", *["VOC07 AP"] * (dataset == "voc")]
+        rows, *others = tables_in(text)
+        gains = [table["cat"]["TAR: over plain"] for table in others]
+        assert gains == ["+24.0 ± 5.7", "+36.0 ± 8.5"][: len(titles) - 1]
         assert rows["cat"] == {
             "class": "cat",
             "student": "11.0 ± 1.4",
@@ -468,8 +474,8 @@ def test_the_curves_of_a_table_are_drawn_in_a_file(killed_table, tmp_path, capsy
 def test_the_classes_of_a_table_are_printed_under_it(killed_table, capsys):
     call(evaluation.main, "--table", "decay", "--results", killed_table.folder, "--per-class")
     printed = capsys.readouterr().out
-    assert "AP of each class:" in printed
-    rows = tables_in(printed)[-1]
+    rows, by_ap50 = tables_in(printed)[-2:]
+    assert "AP50 of each class:" in printed and rows.keys() == by_ap50.keys()
     [note] = killed_table.folder.glob("table-decay-*.json")
     plain = json.loads(note.read_text())["rows"][0]
     results = [json.loads((killed_table.folder / run / "result.json").read_text()) for run in plain["runs"]]
