@@ -138,6 +138,7 @@ class TestRows:
         machine, seen = Machine(0, 1, torch.device("cpu"), "bf16"), 0
         folders = ("shapes", "shapes-16-epochs", "shapes-retinanet", "pcb-r18-to-r10", "bccd-r18-to-r10")
         folders += ("minivoc-r18-to-r10", "bccd-retinanet-12-epochs", "minivoc-retinanet", "shapes-32-epochs-weights")
+        folders += ("minivoc-24-epochs",)
         for index in (index for name in folders for index in (ROOT / ".results" / name).glob("table-*.json")):
             for row in json.loads(index.read_text())["rows"]:
                 for seed, name in enumerate(row["runs"]):
