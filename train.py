@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from tar.check import check, report
 from tar.data import load_dataset, make_loader, to_device, train_batches
 from tar.distill import Step
 from tar.evaluation import cost_of_distillation, evaluate, latency
-from tar.faults import Guard, Stopped, StopSignals, diverged, out_of_memory
+from tar.faults import Done, Guard, Stopped, StopSignals, diverged, gradient_norms, out_of_memory
 from tar.machine import set_up
 from tar.models import build_detector
 from tar.progress import Progress
@@ -110,6 +111,11 @@ def check_data(args, machine):
         text = f"{broken} images of {args.data_path} cannot be used; replace them or take them off the lists"
         raise UserError(text).for_all()
     machine.say("\nEvery image can be used.")
+
+
+def region_seed(seed, step, machine):
+    """The seed of a step's region sampling in this process."""
+    return (seed * 1_000_003 + step) * machine.world + machine.rank
 
 
 def title_of(args):
@@ -207,17 +213,29 @@ def train(args, data, machine, title):
             save()
             raise machine.signals.stopped(f"{title}: stopped after step {step} of {total_steps}")
 
+    # On a GPU a streak of bad steps is seen at the next line of the log; the step before it is kept until then.
+    history = deque(maxlen=args.log_every + args.max_bad_steps + 1)
+
+    def norms_of(done):
+        keys = [done.keys]
+        batch = next(iter(make_loader(train_set, True, keys, args.seed)))
+        torch.manual_seed(region_seed(args.seed, done.step - 1, machine))
+        at_decay = decay(done.step - 1, distilled_steps, args.decay) if done.step <= distilled_steps else 0.0
+        weights = {name: at_decay * w for name, w in levels.weights().items()} if at_decay else {}
+        batch = to_device(*batch, machine.device)
+        return gradient_norms(step_module, batch, teacher if at_decay else None, weights, machine)
+
     for epoch in range(at["epoch"], args.epochs):
         batches = train_batches(len(train_set), args.batch_size, args.seed, epoch, **where)
         at["epoch"], begin = epoch, at["batch"]
         loader = make_loader(train_set, True, batches[begin:], args.seed, args.workers, machine.device.type == "cuda")
         machine.signals.patient = True  # a step is finished, and saved
-        since_log, recent, rate = time.perf_counter(), [], 0.0
+        since_log, logged, rate = time.perf_counter(), begin, 0.0
         for i, (images, targets) in enumerate(progress.epoch(loader, epoch + 1), begin + 1):
             started = time.perf_counter()  # `seconds` leaves the loader out: the runs of a table wait for it unequally
             step = epoch * steps_per_epoch + i - 1
             # Region sampling draws from a generator seeded by the step: a resumed run needs no generator's state.
-            torch.manual_seed((args.seed * 1_000_003 + step) * machine.world + machine.rank)
+            torch.manual_seed(region_seed(args.seed, step, machine))
             lr = learning_rate(step, total_steps, base_lr, args.warmup, args.schedule)
             weight = decay(step, distilled_steps, args.decay) if step < distilled_steps else 0.0  # README, Decay
             if args.teacher and weight == 0 and distilled:  # from here on nothing of the teacher is computed
@@ -226,7 +244,7 @@ def train(args, data, machine, title):
                 wrapped = machine.parallel(step_module)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            names = [target["image_id"] for target in targets]
+            keys = [(epoch, target["image_id"]) for target in targets]
             images, targets = to_device(images, targets, machine.device)
             with machine.autocast():
                 detection, distillation, seen = wrapped(images, targets, teacher if weight > 0 else None)
@@ -235,26 +253,26 @@ def train(args, data, machine, title):
                 loss = loss + weight * sum(w * distillation[name] for name, w in levels.weights().items())
             optimizer.zero_grad()
             scaler.scale(guard.poisoned(loss)).backward()
-            bad = guard.step(loss, args.clip_grad)
+            bad, norm = guard.step(loss, args.clip_grad)
 
             terms = {"loss": loss, **detection, **distillation, **seen}
             terms = {name: value.detach() for name, value in terms.items()}
-            recent.append((bad, terms, names))
+            history.append(Done(bad, step + 1, keys, terms, norm))
             for name, value in terms.items():
                 at["sums"][name] = at["sums"].get(name, 0) + value
                 at["counts"][name] = at["counts"].get(name, 0) + 1
             logs = i % args.log_every == 0 or i == steps_per_epoch  # the only place that waits for the device
             if (logs or machine.device.type == "cpu") and guard.longest >= args.max_bad_steps:
-                raise diverged(recent, train_set, epoch, step + 1, output, machine)
+                raise diverged(list(history), train_set, norms_of, output, machine)
             if logs:
                 means = means_of(at["sums"], at["counts"], machine)
                 now = time.perf_counter()
-                rate = len(recent) * images_per_step / (now - since_log)
+                rate = (i - logged) * images_per_step / (now - since_log)
                 line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
                 record(output, {**line, **means, "bad_steps": int(guard.total)}, machine)
                 progress.show(epoch + 1, step + 1, means, rate)
                 at |= {"sums": {}, "counts": {}, "loss": means["loss"]}
-                since_log, recent = now, []
+                since_log, logged = now, i
             at["seconds"] += time.perf_counter() - started
             at["batch"] = i
             if i % args.save_every == 0 or i == steps_per_epoch:

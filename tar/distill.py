@@ -20,7 +20,15 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import box_iou
 
 from tar.adapters import Adapter, compared
-from tar.losses import backbone_loss, better_gate, classification_loss, decode, regression_gate, regression_loss
+from tar.losses import (
+    backbone_loss,
+    backbone_normalizer,
+    better_gate,
+    classification_loss,
+    decode,
+    regression_gate,
+    regression_loss,
+)
 from tar.masks import pyramid_masks
 from tar.regions import (
     anchor_generator,
@@ -42,11 +50,12 @@ ANSWERS = ("teacher", "truth", "smoothed")
 class Levels:
     """What is distilled and how; a weight of 0 switches a level off. Defaults: README, table of choices."""
 
-    backbone: float = 0.1
+    backbone: float = 6.4
     cls: float = 1.0
     reg: float = 0.1
     mask: str = "gaussian"
     sigma2: float = 2.0
+    backbone_norm: str = "energy"
     cls_gate: str = "none"
     reg_gate: str = "proposal"
     proposals: str = "student"
@@ -141,8 +150,8 @@ class Step(nn.Module):
         levels, distillation, seen = self.levels, {}, {}
         if pairs is not None:
             adapted, wanted, where = pairs
-            cells = over_processes(sum(m.sum() for m in where))
-            distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, cells)
+            normalizer = over_processes(backbone_normalizer(wanted, where, levels.backbone_norm))
+            distillation["distill_backbone"] = backbone_loss(adapted, wanted, where, normalizer)
         if shared is not None:
             if levels.answers != "teacher":
                 shared = shared.by_the_truth() if levels.answers == "truth" else shared.smoothed()

@@ -2,6 +2,7 @@
 
 import math
 import signal
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,8 @@ class Guard:
             clip_grad: largest norm of the gradient; 0: no limit.
 
         Returns:
-            a bool tensor, whether the step was bad; the same on all processes, as the gradients are.
+            a bool tensor, whether the step was bad; the norm of the gradient before the clip, a scalar tensor. Both are
+            the same on all processes, as the gradients are.
         """
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -91,30 +93,83 @@ class Guard:
         self.streak = (self.streak + 1) * bad
         self.longest = torch.maximum(self.longest, self.streak)
         self.total = self.total + bad
-        return bad
+        return bad, norm
 
 
-def diverged(history, source, epoch, step, output, machine):
-    """The end of a run whose steps are not finite: an error that says where it began, and what to do.
+def diverged(history, source, measure, output, machine):
+    """The end of a run whose steps are not finite: an error that says where it began, what grew, and what to do.
 
     Args:
-        history: list of (bad, {term: scalar tensor}, indices of the images) of the last steps.
+        history: list of Done, the last steps; some of them in a row were bad.
         source: of the images.
-        step: the last one.
+        measure: {term: norm of its weighted gradient} of a Done's images, see gradient_norms(); called where there is
+            a finite step before the bad ones.
         output: the run's folder, whose checkpoint is sound.
     """
-    terms, indices = next((terms, indices) for bad, terms, indices in history if bad)
+    bad = [bool(done.bad) for done in history]
+    first = max((i for i in range(len(bad)) if bad[i] and not (i and bad[i - 1])), key=lambda i: _streak(bad, i))
+    terms = history[first].terms
     names = sorted(terms, key=lambda name: name == "loss")  # the sum last
     wrong = next((name for name in names if not torch.isfinite(terms[name])), None)
-    images = ", ".join(source.name(epoch, index) for index in indices)
+    images = ", ".join(source.name(*key) for key in history[first].keys)
     found = machine.gathered((wrong, images))
     wrong, images = next((pair for pair in found if pair[0]), ("the gradient alone", "; ".join(i for _, i in found)))
+    before = f"; {_sizes(history[first - 1], measure, machine)}" if first else ""
     saved = (output / "last.pth").is_file()
     kept = f"the checkpoint in {output} is sound" if saved else f"{output} has no checkpoint yet"
     return Diverged(
-        f"stopped at step {step}: too many steps in a row were not finite, first {wrong}, on {images}; none was "
-        f"applied. Try a lower --lr, --clip-grad 10 or --amp none in a new --output, and look at these images; {kept}"
+        f"stopped at step {history[-1].step}: too many steps in a row were not finite, first {wrong}, on {images}; "
+        f"none was applied{before}. Try a lower --lr, --clip-grad 10 or --amp none in a new --output, and look at "
+        f"these images; {kept}"
     )
+
+
+def _streak(bad, i):
+    return next((k for k, one in enumerate(bad[i:]) if not one), len(bad) - i)
+
+
+def _sizes(done, measure, machine):
+    """The terms of a step in words, each with the norm of its weighted gradient."""
+    norms = measure(done)
+    means = {
+        name: machine.average(value.detach().float()).item() for name, value in done.terms.items() if name in norms
+    }
+    each = ", ".join(f"{name} {means[name]:.3g} ({norm:.3g})" for name, norm in norms.items())
+    return (
+        f"the last finite step was {done.step}, with a gradient of norm {done.norm.item():.3g} and the terms (in "
+        f"brackets the norms of their weighted gradients, measured again after it) {each}"
+    )
+
+
+def gradient_norms(step, batch, teacher, weights, machine):
+    """The norm of each loss term's gradient, weighted, over the images of all processes: {name: float}.
+
+    Args:
+        step: a tar.distill.Step, not wrapped by DDP.
+        batch: images and targets on the device.
+        weights: {name of a distillation term: its weight, the decay included}; the detector's own losses have 1.
+    """
+    parameters = [p for p in step.parameters() if p.requires_grad]
+    with machine.autocast():
+        detection, distillation, _ = step(*batch, teacher)
+    norms = {}
+    for name, value in {**detection, **distillation}.items():
+        loss = weights.get(name, 1.0) * value
+        each = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for g, p in zip(each, parameters, strict=True)]
+        norms[name] = machine.average(torch.cat([g.flatten() for g in flat])).double().norm().item()
+    return norms
+
+
+@dataclass
+class Done:
+    """A step that is done: whether it was bad, its number from 1, the keys of its images, its terms and gradient."""
+
+    bad: torch.Tensor
+    step: int
+    keys: list
+    terms: dict
+    norm: torch.Tensor
 
 
 class StopSignals:

@@ -12,20 +12,41 @@ REG_GATES = ("proposal", "student", "none")
 CLS_GATES = ("none", "better")
 
 
-def backbone_loss(student, teacher, masks, cells):
+BACKBONE_NORMS = ("energy", "cells")
+
+
+def backbone_normalizer(teacher, masks, kind="energy"):
+    """What the backbone level's sum is divided by, this process's part of it.
+
+        energy:  Z = sum_l sum_ij M_l[ij] * sum_c teacher_l[c, ij]^2     (a choice; the loss does not depend on scale)
+        cells:   Z = sum_l sum_ij M_l[ij]                                (the paper's)
+
+    Args:
+        teacher, masks: as backbone_loss().
+        kind: one of BACKBONE_NORMS.
+
+    Returns:
+        scalar tensor; 0 without boxes.
+    """
+    if kind == "cells":
+        return sum(m.sum() for m in masks)
+    return sum((m * t.square().sum(1)).sum() for t, m in zip(teacher, masks, strict=True))
+
+
+def backbone_loss(student, teacher, masks, normalizer):
     """Masked imitation of the features.
 
-        L_backbone = 1 / (2 N) * sum_l sum_ij M_l[ij] * sum_c (student_l[c, ij] - teacher_l[c, ij])^2,   over all images
+        L_backbone = 1 / (2 Z) * sum_l sum_ij M_l[ij] * sum_c (student_l[c, ij] - teacher_l[c, ij])^2,   over all images
 
     Args:
         student: list of L tensors [B, C, H_l, W_l], the student's features after the adapters; or [n_l, C], those of
             the cells under the mask.
         teacher: the same of the teacher.
         masks: list of L tensors [B, H_l, W_l], or [n_l].
-        cells: N = sum_l sum_ij M_l[ij] over all images, a scalar tensor; 0 without boxes, and then the loss is 0.
+        normalizer: Z of backbone_normalizer() over all images, a scalar tensor; 0 without boxes: the loss is 0 then.
     """
     total = sum((m * (s - t).square().sum(1)).sum() for s, t, m in zip(student, teacher, masks, strict=True))
-    return total / (2 * cells.clamp(min=1e-6))
+    return total / (2 * normalizer.clamp(min=1e-6))
 
 
 def classification_loss(student_logits, teacher_logits, positives, keep=None, sigmoid=False):

@@ -6,7 +6,7 @@ from functools import cache
 from tar.arguments import Defaults, Parser, above_0, count, positive, up_to_1, weight
 from tar.data import DATASETS, SHAPES_IMAGES
 from tar.distill import ANSWERS, PROPOSALS, SOFT_LABELS, Levels
-from tar.losses import CLS_GATES, REG_GATES
+from tar.losses import BACKBONE_NORMS, CLS_GATES, REG_GATES
 from tar.masks import MASKS
 from tar.models import BACKBONES, DETECTORS
 from tar.recipes import RECIPES
@@ -15,7 +15,18 @@ from tar.schedule import DECAYS, SCHEDULES
 BUILD = ("fpn_channels", "head_channels", "anchor_scale", "rois", "roi_samples", "rpn_top_n")
 LEVELS = ("backbone", "cls", "reg")
 DISTILLATION = (
-    *("weight_backbone", "weight_cls", "weight_reg", "mask", "sigma2", "cls_gate", "reg_gate", "decay", "decay_end"),
+    *(
+        "weight_backbone",
+        "weight_cls",
+        "weight_reg",
+        "mask",
+        "sigma2",
+        "backbone_norm",
+        "cls_gate",
+        "reg_gate",
+        "decay",
+        "decay_end",
+    ),
     *("proposals", "no_sharing", "soft_labels", "background_weight", "answers", "inherit", "teacher_epochs"),
 )
 ENDLESS = ("none", "step")  # decays that do not reach 0
@@ -109,12 +120,15 @@ def parser():
 
     d = Levels()
     g = p.add_argument_group("distillation")
-    g.add_argument("--weight-backbone", type=weight, default=d.backbone, metavar="A", help="weight a of L_backbone")
+    text = f"weight a of L_backbone (default: {d.backbone}; with --backbone-norm cells {d.backbone} / --fpn-channels)"
+    g.add_argument("--weight-backbone", type=weight, default=argparse.SUPPRESS, metavar="A", help=text)
     g.add_argument("--weight-cls", type=weight, default=d.cls, metavar="B", help="weight b of L_cls")
     g.add_argument("--weight-reg", type=weight, default=d.reg, metavar="G", help="weight g of L_reg")
     for level in LEVELS:
         g.add_argument(f"--no-{level}", action="store_true", help=f"leave the {level} level out")
     g.add_argument("--mask", choices=MASKS, default=d.mask, help="where the backbone level imitates")
+    text = "what L_backbone is divided by: the teacher's energy under the mask, or the mask's cells (the paper's)"
+    g.add_argument("--backbone-norm", choices=BACKBONE_NORMS, default=d.backbone_norm, help=text)
     g.add_argument("--sigma2", type=above_0, default=d.sigma2, metavar="S2", help="width of the Gaussian mask")
     g.add_argument(
         "--cls-gate",
@@ -212,6 +226,8 @@ def parse(argv=None):
     for name, value in recipe.items():
         if not hasattr(args, name):
             setattr(args, name, value)
+    if not hasattr(args, "weight_backbone"):
+        args.weight_backbone = usual_backbone_weight(args)
     for level in LEVELS:
         if getattr(args, f"no_{level}"):
             setattr(args, f"weight_{level}", 0.0)
@@ -228,6 +244,7 @@ def complaint(args):
     default = Levels()
     named = [*DISTILLATION, *(f"no_{level}" for level in LEVELS)]
     usual = {**vars(_parsed_nothing()), **RECIPES[args.recipe or args.dataset]}
+    usual["weight_backbone"] = usual_backbone_weight(args)
     given = [f"--{n.replace('_', '-')}" for n in named if getattr(args, n) != usual[n]]
     retinanet, all_regions = args.detector == "retinanet", args.soft_labels == "all"
     own_proposals = args.no_sharing or args.proposals != "student"
@@ -312,9 +329,24 @@ def _parsed_nothing():
     return parser().parse_args([])
 
 
+def usual_backbone_weight(args):
+    """The weight of L_backbone where no flag gives one: the paper's form sums over channels."""
+    return Levels().backbone / (args.fpn_channels if args.backbone_norm == "cells" else 1)
+
+
 def levels_of(args):
     """The distillation settings of the flags."""
-    names = ("mask", "sigma2", "cls_gate", "reg_gate", "proposals", "soft_labels", "background_weight", "answers")
+    names = (
+        "mask",
+        "sigma2",
+        "backbone_norm",
+        "cls_gate",
+        "reg_gate",
+        "proposals",
+        "soft_labels",
+        "background_weight",
+        "answers",
+    )
     weights = {level: getattr(args, f"weight_{level}") for level in LEVELS}
     return Levels(**weights, sharing=not args.no_sharing, **{name: getattr(args, name) for name in names})
 

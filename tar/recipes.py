@@ -9,7 +9,7 @@ RECIPES = {
         "weight_decay": 1e-4,
         "schedule": "step",
         "warmup": 500,
-        "clip_grad": 0.0,
+        "clip_grad": 10.0,
         "size": [600, 1000],
         "backbone_weights": "imagenet",
         "fpn_channels": 256,

@@ -100,7 +100,8 @@ def over_processes(count, least=0.0):
     DDP averages the gradients of N processes; each process's sum over (total / N) therefore gives the gradient of
     one process with the whole batch.
     """
-    count = count.detach().clone().float()
+    count = count.detach().clone()
+    count = count if count.is_floating_point() else count.float()
     world = 1
     if dist.is_initialized():
         dist.all_reduce(count)

@@ -29,7 +29,7 @@ INCIDENTAL = {
     "seeds",
 }
 # Flags that came after runs had been kept: where they say this, what a run computes is what it was before them.
-YOUNG = {"answers": "teacher"}
+YOUNG = {"answers": "teacher", "backbone_norm": "cells"}
 # Flags that mean nothing to some runs.
 TEACHING = {"teacher", "teacher_weights", *DISTILLATION}
 FILES = {  # flags of each data set

@@ -146,7 +146,7 @@ def test_fine_grained_mask_leaves_out_half_of_the_best_and_boxes_that_no_anchor_
 def test_the_backbone_level_imitates_in_the_fine_grained_cells(batch, kind, per_cell, boxless):
     student, teacher = copy.deepcopy(drawn_pair(kind))
     images, targets = batch[0], [batch[1][0], empty()] if boxless else batch[1]
-    step = make_step(student, teacher, mask="fine-grained", cls=0, reg=0)
+    step = make_step(student, teacher, mask="fine-grained", backbone_norm="cells", cls=0, reg=0)
     got = seeded(step, (images, targets), teacher)[1][BACKBONE].item()
     images, targets = student.transform(images, targets)
     pixels = images.tensors.contiguous(memory_format=torch.channels_last)
@@ -484,10 +484,21 @@ def test_flags_that_contradict_each_other_are_refused_with_the_reason(capsys, fl
         ("--proposals both --no-cls", {"proposals": "both", "cls": 0.0}),
         ("--no-sharing", {"sharing": False}),
         ("--weight-backbone 0.5 --weight-cls 2 --weight-reg 3", {"backbone": 0.5, "cls": 2.0, "reg": 3.0}),
+        ("--backbone-norm cells", {"backbone_norm": "cells", "backbone": 0.1}),  # 64 channels
+        ("--backbone-norm cells --fpn-channels 256", {"backbone_norm": "cells", "backbone": 0.025}),
+        ("--backbone-norm cells --weight-backbone 0.3", {"backbone_norm": "cells", "backbone": 0.3}),
     ],
 )
 def test_flags_become_the_levels_of_the_step(flags, levels):
-    usual = {"backbone": 0.1, "cls": 1.0, "reg": 0.1, "mask": "gaussian", "sigma2": 2.0, "cls_gate": "none"}
+    usual = {
+        "backbone": 6.4,
+        "backbone_norm": "energy",
+        "cls": 1.0,
+        "reg": 0.1,
+        "mask": "gaussian",
+        "sigma2": 2.0,
+        "cls_gate": "none",
+    }
     usual |= {"reg_gate": "proposal", "proposals": "student", "sharing": True, "soft_labels": "positive"}
     usual |= {"background_weight": 1.5, "answers": "teacher"}
     assert vars(options.levels_of(options.parse([*PAIR.split(), *flags.split()]))) == {**usual, **levels}

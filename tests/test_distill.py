@@ -288,17 +288,17 @@ class ByHand:
                     self.positives.append((region, self.truth[image][best], k, *both))
                 row += 1
 
-    def backbone_loss(self, kind):
-        total = cells = 0.0
+    def backbone_loss(self, kind, norm):
+        total = below = 0.0
         for level, (mine, wanted) in enumerate(zip(self.adapted, self.wanted, strict=True)):
             stride = 4 * 2**level
             for image, boxes in enumerate(self.truth):
                 for i in range(mine.shape[2]):
                     for j in range(mine.shape[3]):
                         weight = mask_at(kind, (j + 0.5) * stride, (i + 0.5) * stride, boxes)
-                        cells += weight
+                        below += weight * (1 if norm == "cells" else (wanted[image, :, i, j] ** 2).sum())
                         total += weight * ((mine[image, :, i, j] - wanted[image, :, i, j]) ** 2).sum()
-        return total / (2 * cells)
+        return total / (2 * below)
 
     def cls_loss(self, kind):
         total, kept = 0.0, 0
@@ -321,11 +321,12 @@ class ByHand:
         return total / len(self.positives), opened
 
 
+@pytest.mark.parametrize("norm", ["energy", "cells"])
 @pytest.mark.parametrize("mask", ["gaussian", "box", "full"])
-def test_backbone_level_is_the_equation(student, teacher, batch, mask):
-    step = make_step(student, teacher, mask=mask, sigma2=2.0)
+def test_backbone_level_is_the_equation(student, teacher, batch, mask, norm):
+    step = make_step(student, teacher, mask=mask, sigma2=2.0, backbone_norm=norm)
     got = seeded(step, batch, teacher)[1]["distill_backbone"].item()
-    assert got == pytest.approx(ByHand(step, teacher, batch).backbone_loss(mask), rel=1e-4)
+    assert got == pytest.approx(ByHand(step, teacher, batch).backbone_loss(mask, norm), rel=1e-4)
 
 
 @pytest.mark.parametrize("gate", ["none", "better"])

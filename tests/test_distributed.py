@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import eval as evaluation
 from tar.distill import Shared
-from tar.losses import backbone_loss, classification_loss, regression_loss
+from tar.losses import backbone_loss, backbone_normalizer, classification_loss, regression_loss
 from tar.regions import over_processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,9 +94,11 @@ class Tiny(nn.Module):
         features, wanted, masks, *positive = (torch.cat([image[i] for image in images]) for i in range(8))
         logits, soft, deltas, taught, gate = positive
         cells = over_processes(masks.sum())
+        energy = over_processes(backbone_normalizer([wanted], [masks]))
         count = over_processes(torch.tensor(float(len(logits))), least=1.0)
         return (
             backbone_loss([features * self.features[:, None, None]], [wanted], [masks], cells),
+            backbone_loss([features * self.features[:, None, None]], [wanted], [masks], energy),
             classification_loss(logits * self.logits, soft, count),
             regression_loss(deltas * self.deltas, taught, gate > 0, count),
             classification_loss(logits * self.logits, self.smoothed(soft), count),
@@ -124,7 +126,7 @@ BATCHES = {
     "one process without boxes": [image(6, 0, boxes=False), image(7, 4)],
     "no boxes at all": [image(8, 0, boxes=False), image(9, 0, boxes=False)],
 }
-TERMS = ("backbone", "classification", "regression", "smoothed")
+TERMS = ("backbone by cells", "backbone", "classification", "regression", "smoothed")
 
 
 def gradients(module, images):

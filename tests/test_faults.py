@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -22,8 +23,10 @@ from torch import nn
 
 import train
 from tar import UserError, checkpoint
-from tar.faults import Guard, Stopped
+from tar.distill import Levels, Step
+from tar.faults import Guard, Stopped, gradient_norms
 from tar.images import read_image
+from tar.machine import Machine
 from tar.models import build_backbone
 
 CPU = torch.device("cpu")
@@ -219,7 +222,7 @@ def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is(optimiz
     loss = nn.functional.smooth_l1_loss(net(torch.ones(4, 1, 4, 4)), torch.full((4, 1), float("inf")))
     assert torch.isinf(loss)
     guard.scaler.scale(guard.poisoned(loss)).backward()
-    assert guard.step(loss) and guard.total == 1
+    assert guard.step(loss)[0] and guard.total == 1
     after = net.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
@@ -233,7 +236,7 @@ def test_an_overflow_of_fp16_counts_only_where_the_scale_can_fall_no_further():
         for p in net.parameters():
             p.grad = torch.full_like(p, float("inf"))
         guard.scaler.scale(torch.ones(()))  # as a step does
-        bad.append(bool(guard.step(torch.tensor(1.0))))
+        bad.append(bool(guard.step(torch.tensor(1.0))[0]))
     assert bad == [False, False, True, True]  # at scales 4, 2, 1, 0.5
 
 
@@ -281,6 +284,34 @@ def test_bad_steps_in_a_row_end_the_run_with_the_term_and_the_images_named(monke
     saved = checkpoint.load(run / "last.pth")
     assert (saved["epoch"], saved["batch"]) == (1, 0)
     assert all(torch.isfinite(v).all() for v in saved["model"].values() if v.is_floating_point())
+
+
+def test_the_last_finite_step_of_a_run_that_ended_is_told_term_by_term(monkeypatch, flags, tmp_path, capsys):
+    spoil(monkeypatch, {4, 5})
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        call(train.main, *flags, "--log-every", 1, "--max-bad-steps", 2, "--output", run)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    logged = read_log(run)[0][2]
+    told = line.split("the last finite step was 3, with a gradient of norm ")[1].split("measured again after it) ")[1]
+    found = {name: (float(a), float(b)) for name, a, b in re.findall(r"(\w+) ([\d.e+-]+) \(([\d.e+-]+)\)", told)}
+    assert found.keys() == {name for name in logged if name.startswith(("loss_", "distill_"))}
+    for name, (value, norm) in found.items():
+        assert value == pytest.approx(logged[name], rel=6e-3, abs=1e-4) and norm > 0
+
+
+def test_gradient_norms_are_those_of_each_weighted_term_alone(student, teacher, batch):
+    step = Step(student, Levels(), teacher.backbone.out_channels).to(memory_format=torch.channels_last)
+    machine, weights = Machine(0, 1, CPU, "none"), {"distill_backbone": 2.0, "distill_reg": 0.5}
+    torch.manual_seed(3)
+    norms = gradient_norms(step, batch, teacher, weights, machine)
+    for name in ("loss_classifier", "distill_backbone", "distill_cls", "distill_reg"):
+        step.zero_grad()
+        torch.manual_seed(3)
+        detection, distillation, _ = step(*batch, teacher)
+        (weights.get(name, 1.0) * {**detection, **distillation}[name]).backward()
+        total = sum(p.grad.double().square().sum() for p in step.parameters() if p.grad is not None).sqrt().item()
+        assert norms[name] == pytest.approx(total, rel=1e-4) and total > 0
 
 
 def test_a_run_that_was_ended_by_bad_steps_goes_on(monkeypatch, tmp_path, capsys):

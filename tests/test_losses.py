@@ -8,6 +8,7 @@ from torchvision.models.detection._utils import BoxCoder
 
 from tar.losses import (
     backbone_loss,
+    backbone_normalizer,
     better_gate,
     classification_loss,
     decode,
@@ -67,6 +68,30 @@ class TestBackbone:
         )
         assert one.item() > 0
         assert four.item() == pytest.approx(one.item() / 4)
+
+    def test_what_it_is_divided_by(self):
+        energy = cells = 0.0
+        for t, m in zip(self.teacher, self.masks, strict=True):
+            for b, rows in enumerate(m.tolist()):
+                for i, row in enumerate(rows):
+                    for j, weight in enumerate(row):
+                        cells += weight
+                        energy += weight * sum(t[b, c, i, j].item() ** 2 for c in range(3))
+        for kind, expected in (("energy", energy), ("cells", cells)):
+            assert backbone_normalizer(self.teacher, self.masks, kind).item() == pytest.approx(expected, rel=1e-12)
+
+    def test_the_energy_makes_it_independent_of_the_features_scale(self):
+        losses = []
+        for scale in (1, 30):
+            student, teacher = ([scale * f for f in features] for features in (self.student, self.teacher))
+            losses.append(backbone_loss(student, teacher, self.masks, backbone_normalizer(teacher, self.masks)).item())
+        assert losses[0] > 0.1
+        assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+    def test_no_boxes_have_no_energy_and_give_zero(self):
+        masks = [torch.zeros_like(m) for m in self.masks]
+        assert backbone_normalizer(self.teacher, masks) == 0
+        assert backbone_loss(self.student, self.teacher, masks, backbone_normalizer(self.teacher, masks)) == 0
 
     def test_no_cells_give_zero_and_zero_gradients(self):
         student = [s.clone().requires_grad_() for s in self.student]

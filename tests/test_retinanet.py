@@ -242,16 +242,16 @@ class ByHand:
                 elif k != "neither":
                     self.positives.append((anchor, self.truth[i][k], labels[k], *both))
 
-    def backbone_loss(self):
-        total = cells = 0.0
+    def backbone_loss(self, norm):
+        total = below = 0.0
         for stride, mine, wanted in zip((8, 16, 32, 64, 128), self.adapted, self.wanted, strict=True):
             for image, boxes in enumerate(self.truth):
                 for i in range(mine.shape[2]):
                     for j in range(mine.shape[3]):
                         weight = mask_at("gaussian", (j + 0.5) * stride, (i + 0.5) * stride, boxes)
-                        cells += weight
+                        below += weight * (1 if norm == "cells" else (wanted[image, :, i, j] ** 2).sum())
                         total += weight * ((mine[image, :, i, j] - wanted[image, :, i, j]) ** 2).sum()
-        return total / (2 * cells)
+        return total / (2 * below)
 
     def soft_labels(self, row):
         """The binary cross-entropies of an anchor, summed over the classes; the column of the background is left."""
@@ -280,10 +280,11 @@ class ByHand:
         return total / len(self.positives), opened
 
 
-def test_backbone_level_is_the_equation(pair, halves):
-    step = make_step(*pair)
+@pytest.mark.parametrize("norm", ["energy", "cells"])
+def test_backbone_level_is_the_equation(pair, halves, norm):
+    step = make_step(*pair, backbone_norm=norm)
     got = step(*halves, pair[1])[1]["distill_backbone"].item()
-    assert got == pytest.approx(ByHand(step, pair[1], halves).backbone_loss(), rel=1e-4)
+    assert got == pytest.approx(ByHand(step, pair[1], halves).backbone_loss(norm), rel=1e-4)
 
 
 @pytest.mark.parametrize("gate", ["none", "better"])
