@@ -22,12 +22,13 @@ FLAGS = """
 SMALL = FLAGS.split()
 WEIGHTS = ["--weight-backbone", 0.05, "--weight-cls", 0.5, "--weight-reg", 0.25]
 DETECTION = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STEPS = 6  # 2 epochs of 3 batches
 
 
-def command(script, *flags):
-    """Runs a script of the repository as a user does."""
-    words = [sys.executable, ROOT / script, *map(str, flags)]
+def command(script, *flags, launcher=()):
+    """Runs a script of the repository as a user does; launcher: what stands between python and the script."""
+    words = [sys.executable, *launcher, ROOT / script, *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150, env=environment)
 
@@ -102,4 +103,11 @@ def voc(folder):
     return Namespace(flags=flags, common=common, data=data, run=run, teacher=teacher, out=done.stdout)
 
 
-# A plain run
+@beside
+def two_processes(folder):
+    """A plain teacher, and a student distilled for half of its 4 steps, trained by two processes with one command."""
+    flags = [*SMALL, "--batch-size", 3, "--limit-test", 7, "--decay-end", 0.5, "--student", "r10", "--teacher", "r18"]
+    done = command("train.py", *flags, "--output", folder / "student", launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    [teacher] = set(folder.iterdir()) - {folder / "student"}
+    return Namespace(flags=flags, run=folder / "student", teacher=teacher, out=done.stdout)

@@ -1,0 +1,162 @@
+"""Detectors from torchvision's own parts: a ResNet or MobileNet, an FPN, Faster R-CNN or RetinaNet.
+
+bfloat16 keeps 8 bits of a number: a corner at pixel 500 would be rounded to a multiple of 4. torchvision's anchor
+generator and box coder compute in the dtype of what they are given, so every part here hands float32 on: the
+convolutions run in the autocast type, coordinates never do.
+"""
+
+from collections import OrderedDict
+
+from torch import nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from tar import UserError
+from tar.detectors.backbones import build_backbone, stages_of
+from tar.detectors.roi_align import PyramidRoIAlign
+
+DETECTORS = ("faster-rcnn", "retinanet")
+
+
+STRIDES = {  # of the pyramid levels, pixels of the resized image
+    "faster-rcnn": (4, 8, 16, 32, 64),  # P2 .. P6
+    "retinanet": (8, 16, 32, 64, 128),  # P3 .. P7
+}
+
+
+class FloatFPN(BackboneWithFPN):
+    """torchvision's backbone with FPN; its features leave as float32."""
+
+    def forward(self, x):
+        return OrderedDict((name, level.float()) for name, level in super().forward(x).items())
+
+
+class FloatRPNHead(RPNHead):
+    """torchvision's RPN head; scores and deltas leave as float32."""
+
+    def forward(self, x):
+        logits, deltas = super().forward(x)
+        return [level.float() for level in logits], [level.float() for level in deltas]
+
+
+class FloatRetinaNetHead(RetinaNetHead):
+    """torchvision's RetinaNet head; logits and deltas leave as float32."""
+
+    def forward(self, x):
+        return {name: answer.float() for name, answer in super().forward(x).items()}
+
+
+class FloatPredictor(FastRCNNPredictor):
+    """torchvision's last layer of the box head; scores and deltas leave as float32."""
+
+    def forward(self, x):
+        scores, deltas = super().forward(x)
+        return scores.float(), deltas.float()
+
+
+def group_norm(channels):
+    """Normalisation of RetinaNet's head from scratch: groups of eight channels, as torchvision's second version."""
+    return nn.GroupNorm(channels // 8 if channels % 8 == 0 else 1, channels)
+
+
+def build_detector(
+    detector,
+    backbone,
+    num_classes,
+    *,
+    backbone_weights="none",
+    norm=None,
+    trainable_layers=None,
+    fpn_channels=256,
+    head_channels=1024,
+    anchor_scale=8,
+    min_size=600,
+    max_size=1000,
+    rois=512,
+    roi_samples=2,
+    rpn_top_n=(2000, 1000),
+):
+    """A detector with torchvision's calling convention.
+
+    In training mode `model(images, targets)` returns a dict of losses, in evaluation mode `model(images)` a list
+    of {boxes [N, 4] xyxy in pixels of the given image, labels [N], scores [N]}. images: list of float [3, H, W]
+    in 0..1; targets: list of {boxes, labels}, labels from 1, 0 is the background.
+
+    Args:
+        detector: "faster-rcnn" (Ren et al. 2015, with the FPN of Lin et al. 2017) or "retinanet" (Lin et al. 2017).
+        backbone: a key of BACKBONES.
+        num_classes: without the background.
+        backbone_weights: "imagenet", "none" or a file, see build_backbone.
+        norm: "frozen" or "batch"; default frozen where weights are loaded, batch where there are none.
+        trainable_layers: how many of the backbone's five stages train, from the last; default 3 of a loaded
+            backbone, as torchvision does, and 5 of a fresh one.
+        fpn_channels: width of the pyramid.
+        head_channels: width of the box head's two hidden layers (Faster R-CNN).
+        anchor_scale: an anchor's side in strides of its level (RetinaNet: of the smallest of three); Faster R-CNN
+            pools a region 28 times as large from stride 16.
+        min_size, max_size: the shorter side is resized to min_size pixels, the longer to no more than max_size.
+        rois: regions an image that the box head trains on (25% positive at IoU >= 0.5; Faster R-CNN).
+        roi_samples: sampling points a side in each of RoIAlign's 7 x 7 bins (Faster R-CNN).
+        rpn_top_n: proposals that the RPN takes from each level before non-maximum suppression, and from the image
+            after it: in training, in evaluation. RetinaNet takes as many detections of each level as the second.
+
+    Raises:
+        UserError: an unknown detector or backbone, or weights that cannot be had.
+    """
+    if detector not in DETECTORS:
+        raise UserError(f"no detector is called {detector!r}; there are {', '.join(DETECTORS)}")
+    loaded = backbone_weights != "none"
+    norm = norm or ("frozen" if loaded else "batch")
+    trained_stages = (3 if loaded else 5) if trainable_layers is None else trainable_layers
+    network = build_backbone(backbone, backbone_weights, norm)
+    body = pyramid(network, detector, trained_stages, fpn_channels, nn.BatchNorm2d if norm == "batch" else None)
+    strides, classes, (training, testing) = STRIDES[detector], num_classes + 1, rpn_top_n
+    sizes = {"min_size": min_size, "max_size": max_size}
+    if detector == "retinanet":
+        scales = tuple(tuple(int(anchor_scale * s * 2 ** (k / 3)) for k in range(3)) for s in strides)
+        anchors = AnchorGenerator(scales, ((0.5, 1.0, 2.0),) * len(strides))
+        per_cell, head_norm = anchors.num_anchors_per_location()[0], group_norm if norm == "batch" else None
+        head = FloatRetinaNetHead(fpn_channels, per_cell, classes, norm_layer=head_norm)
+        model = RetinaNet(body, classes, anchor_generator=anchors, head=head, topk_candidates=testing, **sizes)
+    else:
+        anchors = AnchorGenerator(tuple((anchor_scale * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        pool = PyramidRoIAlign(
+            ["0", "1", "2", "3"], strides[:4], sampling_ratio=roi_samples, canonical_scale=28 * anchor_scale
+        )
+        model = FasterRCNN(
+            body,
+            rpn_anchor_generator=anchors,
+            rpn_head=FloatRPNHead(fpn_channels, anchors.num_anchors_per_location()[0]),
+            **{f"rpn_{when}_nms_top_n_train": training for when in ("pre", "post")},
+            **{f"rpn_{when}_nms_top_n_test": testing for when in ("pre", "post")},
+            box_roi_pool=pool,
+            box_head=TwoMLPHead(fpn_channels * 7 * 7, head_channels),
+            box_predictor=FloatPredictor(head_channels, classes),
+            box_batch_size_per_image=rois,
+            **sizes,
+        )
+    model.strides = strides
+    return model
+
+
+def pyramid(network, detector, trained_stages, channels, norm):
+    """A classifier's stages with an FPN (Lin et al. 2017): P2 to P5 and a pooled P6, or P3 to P5 and strided P6, P7.
+
+    Args:
+        network: of build_backbone.
+        trained_stages: how many of the five stages train, from the last.
+        channels: of every level; norm: the FPN's layer of normalisation, or None.
+    """
+    network, stages, widths = stages_of(network)
+    trained = {name for stage in stages[5 - trained_stages :] for name in stage}
+    for name, child in network.named_children():
+        child.requires_grad_(name in trained)
+    first = 1 if detector == "faster-rcnn" else 2
+    taken = {stage[-1]: str(i) for i, stage in enumerate(stages[first:])}
+    more = LastLevelMaxPool() if detector == "faster-rcnn" else LastLevelP6P7(channels, channels)
+    return FloatFPN(network, taken, widths[first - 1 :], channels, extra_blocks=more, norm_layer=norm)

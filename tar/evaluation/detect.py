@@ -1,0 +1,54 @@
+"""Running a detector over a test source: its detections, and the figures of AP that they give."""
+
+import torch
+import torch.distributed as dist
+
+from tar.data.loader import make_loader, test_batches, to_device
+from tar.evaluation.average_precision import coco_metrics, voc_metrics
+
+
+@torch.inference_mode()
+def detect(model, source, device, batch_size=1, workers=0, rank=0, world=1, progress=iter):
+    """Runs a detector over those images of a test source that fall to one process of several.
+
+    Returns:
+        a list with a dict for each image: image_id; ground truth gt_boxes [N, 4], gt_labels [N], gt_ignored bool [N];
+        detections boxes [D, 4], labels [D], scores [D]. Numpy arrays; boxes are xyxy in pixels of the image.
+    """
+    was_training = model.training
+    model.eval()
+    results = []
+    batches = test_batches(len(source), batch_size, rank, world)
+    for images, targets in progress(make_loader(source, False, batches, workers=workers)):
+        for target, found in zip(targets, model(to_device(images, [], device)[0]), strict=True):
+            foreground = found["labels"] > 0  # torchvision's RetinaNet may answer with the background
+            found = {key: value[foreground].cpu() for key, value in found.items()}
+            found = {key: (value if key == "labels" else value.float()).numpy() for key, value in found.items()}
+            ground_truth = {f"gt_{key}": target[key].numpy() for key in ("boxes", "labels", "ignored")}
+            results.append({"image_id": target["image_id"], **ground_truth, **found})
+    model.train(was_training)
+    return results
+
+
+def evaluate(model, source, device, voc=False, batch_size=1, workers=0, progress=iter):
+    """The figures of a detector on a test source. With torch.distributed each process takes a part of the images.
+
+    Args:
+        voc: compute VOC's mAP by both rules too.
+
+    Returns:
+        the dict of coco_metrics(), merged with that of voc_metrics() if voc; the same on every process.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    results = detect(model, source, device, batch_size, workers, rank, world, progress)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, results)
+        results = sorted((r for part in parts for r in part), key=lambda r: r["image_id"])
+    metrics = coco_metrics(results, source.classes, source if hasattr(source, "dataset") else None)
+    if voc:
+        extra = voc_metrics(results, source.classes)
+        rows = extra.pop("per_class")
+        metrics = {**metrics, **extra}
+        metrics["per_class"] = {name: {**row, **rows[name]} for name, row in metrics["per_class"].items()}
+    return metrics

@@ -1,0 +1,169 @@
+"""One training step of task adaptive regularization, from images to losses.
+
+    images --student's backbone--> features --+--> regions --student's head--> its outputs --+--> detection losses
+       |                                      |       |                                      |
+       |                           L_backbone +       | (shared)                             +--> L_cls, L_reg
+       |                                      |       v                                      |
+       +-----teacher's backbone--> features --+-----------teacher's head--> its outputs -----+
+
+    L = L_det + lambda(t) * (a L_backbone + b L_cls + g L_reg)
+
+The caller, train.py, multiplies with the weights a, b, g and lambda(t), which tar.method.decay gives.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchvision.models.detection import RetinaNet
+
+from tar.method.backbone_level import Adapter, adapted_features, backbone_loss, backbone_normalizer, pyramid_masks
+from tar.method.classification_level import classification_loss, region_weights
+from tar.method.proposal_sharing import anchor_generator, faster_rcnn_outputs, retinanet_outputs
+from tar.method.regression_level import regression_gate, regression_loss
+
+
+@dataclass
+class DistillationSettings:
+    """What is distilled and how, by the names of train.py's flags; a weight of 0 switches its level off."""
+
+    weight_backbone: float = 6.4  # a
+    weight_cls: float = 1.0  # b
+    weight_reg: float = 0.1  # g
+    mask: str = "gaussian"
+    sigma2: float = 2.0
+    backbone_norm: str = "energy"
+    cls_gate: str = "none"
+    soft_labels: str = "positive"
+    reg_gate: str = "proposal"
+    proposals: str = "student"
+    no_sharing: bool = False
+
+    def weights(self):
+        """The levels that are on: {name of the loss: weight}."""
+        weights = {
+            "distill_backbone": self.weight_backbone,
+            "distill_cls": self.weight_cls,
+            "distill_reg": self.weight_reg,
+        }
+        return {name: weight for name, weight in weights.items() if weight > 0}
+
+
+class DistillationStep(nn.Module):
+    """The student, and the adapters that lead its features to the teacher's: all that is trained.
+
+    Its forward is one training step's losses; DDP wraps it. The teacher is an argument, not a member: it is not
+    among the parameters, not in the state dict, and train() and DDP never touch it.
+
+    Args:
+        student: a detector of tar.detectors.
+        settings: what to distil; None for a plain student, which needs no adapters.
+        teacher_channels: width of the teacher's pyramid.
+    """
+
+    def __init__(self, student, settings=None, teacher_channels=256):
+        super().__init__()
+        self.student = student
+        self.settings = settings
+        self.adapters = nn.ModuleList()
+        if settings is not None and settings.weight_backbone > 0:
+            self.adapters.extend(Adapter(student.backbone.out_channels, teacher_channels) for _ in student.strides)
+
+    def forward(self, images, targets, teacher=None):
+        """The losses of a batch.
+
+        Args:
+            images: list of B float [3, H, W] in 0..1.
+            targets: list of B dicts: boxes float [N, 4] xyxy in pixels of the image, labels int64 [N] from 1.
+            teacher: a detector in evaluation mode; None leaves the distillation out.
+
+        Returns:
+            detection: {name: scalar}, the detector's ordinary losses, untouched.
+            distillation: {name: scalar}, L_backbone, L_cls and L_reg, those that are on, not yet weighted.
+            seen: {name: scalar without gradient}: positives of this process; gate_open, the part of all processes'
+                positives whose regression gate is open.
+        """
+        student, settings = self.student, self.settings
+        images, targets = student.transform(images, targets)
+        pixels = images.tensors.contiguous(memory_format=torch.channels_last)
+        features = student.backbone(pixels)
+        teacher_features = None
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_features = teacher.backbone(pixels)
+
+        outputs = retinanet_outputs if isinstance(student, RetinaNet) else faster_rcnn_outputs
+        with_heads = teacher is not None and (settings.weight_cls > 0 or settings.weight_reg > 0)
+        distilled_heads = (teacher, teacher_features, settings) if with_heads else ()
+        detection, shared = outputs(student, features, images, targets, *distilled_heads)
+        if teacher is None:
+            return detection, {}, {}
+
+        distillation, seen = {}, {}
+        if settings.weight_backbone > 0:
+            maps, teacher_maps = list(features.values()), list(teacher_features.values())
+            masks = self.masks(images, targets, teacher_maps)
+            sparse = pixels.device.type == "cpu" and settings.mask != "full"
+            compared = adapted_features(self.adapters, maps, teacher_maps, masks, sparse)
+            distillation["distill_backbone"] = self.feature_loss(*compared)
+        if with_heads:
+            head_losses, seen = self.head_losses(shared)
+            distillation |= head_losses
+        return detection, distillation, seen
+
+    def masks(self, images, targets, maps):
+        """Where the backbone level imitates: a list of L float [B, H_l, W_l].
+
+        Args:
+            images, targets: after the student's transform.
+            maps: list of L tensors [B, C, H_l, W_l], for their sizes.
+        """
+        settings = self.settings
+        anchors = anchor_generator(self.student)(images, maps) if settings.mask == "fine-grained" else None
+        return pyramid_masks(targets, maps, self.student.strides, settings.mask, settings.sigma2, anchors)
+
+    def feature_loss(self, adapted, teacher_features, masks):
+        """L_backbone of what adapted_features() gives."""
+        normalizer = backbone_normalizer(teacher_features, masks, self.settings.backbone_norm)
+        return backbone_loss(adapted, teacher_features, masks, total_per_process(normalizer))
+
+    def head_losses(self, shared):
+        """L_cls and L_reg of SharedRegions: distillation and seen, as forward()."""
+        settings, distillation, seen = self.settings, {}, {}
+        positive = shared.positive()
+        positives = total_per_process(len(positive.label), device=shared.label.device, least=1.0)  # K
+        if settings.weight_cls > 0:
+            logits = shared.logits, shared.teacher_logits
+            weights = region_weights(*logits, shared.label, settings.cls_gate, settings.soft_labels, shared.sigmoid)
+            count = positives
+            if settings.soft_labels == "all":
+                count = total_per_process(len(shared.label), device=shared.label.device, least=1.0)
+            distillation["distill_cls"] = classification_loss(*logits, count, weights, shared.sigmoid)
+        if settings.weight_reg > 0:
+            deltas = positive.deltas, positive.teacher_deltas
+            where = positive.region, positive.teacher_region, positive.gt_box
+            gate = regression_gate(settings.reg_gate, shared.box_coder, *deltas, *where)
+            distillation["distill_reg"] = regression_loss(*deltas, gate, positives)
+            seen["gate_open"] = total_per_process(gate.sum()) / positives
+        seen["positives"] = shared.label.new_tensor(len(positive.label)).float()
+        return distillation, seen
+
+
+def total_per_process(count, least=0.0, device=None):
+    """A count or a sum over all processes, at least `least`, divided by the number of processes.
+
+    DDP averages the gradients of N processes; each process's sum over (total / N) therefore gives the gradient of
+    one process with the whole batch.
+
+    Args:
+        count: a scalar tensor, or a number, which is put on the device.
+
+    Returns:
+        float scalar tensor without gradient.
+    """
+    total = torch.as_tensor(count, device=device).detach().clone()
+    total = total if total.is_floating_point() else total.float()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.clamp(min=least) / (dist.get_world_size() if dist.is_initialized() else 1)

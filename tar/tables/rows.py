@@ -1,0 +1,150 @@
+"""The paper's tables: their rows, the flags of each row, and the command that trains it."""
+
+import shlex
+from dataclasses import dataclass, field
+
+from tar.tables.print_table import DISTILLED, EQUAL, PLAIN, TEACHER
+from tar.training.flags import DISTILLATION, LEVELS, TABLE_DATASETS, parse, parser
+from tar.training.recipes import RECIPES
+from tar.training.run_folder import changed, teacher_of
+
+PAPERS_TEST_IMAGES = {"voc": 4952, "coco": 5000}  # the paper's figures are shown beside figures of its own data only
+TEACHERS_FLAGS = {"teacher", "teacher_weights", "teacher_epochs"}  # flags that a row of the whole method may change
+CONSTANT = {"decay": "none", "decay_end": 1.0}  # flags of a row without decay
+
+
+def only(*kept):
+    """Flags of a row that keeps some of the three levels."""
+    off = [name for name in LEVELS if name not in kept]
+    return {f"no_{name}": True for name in off} | {f"weight_{name}": 0.0 for name in off}
+
+
+def variants(title, flag, values, others):
+    """A distilled row for each value of a flag."""
+    return [(title.format(value), DISTILLED, {**others, flag: value}) for value in values]
+
+
+# Rows are (title, kind, flags that are not the table's, the paper's figure); a missing end: no such flags, no figure.
+PLAIN_ROW, TEACHER_ROW = ("student, no distillation", PLAIN), ("teacher", TEACHER)
+LEVEL_ROWS = [
+    (*PLAIN_ROW, {}, 70.0),
+    ("+ backbone level (Gaussian mask)", DISTILLED, {**only("backbone"), **CONSTANT}, 72.4),
+    ("+ classification level", DISTILLED, {**only("cls"), **CONSTANT}, 73.2),
+    ("+ regression level", DISTILLED, {**only("reg"), **CONSTANT}, 73.4),
+    ("all three levels, no decay", DISTILLED, CONSTANT, 73.8),
+    ("all three levels, decay", DISTILLED, {}, 74.5),
+    (*TEACHER_ROW, {}, 74.3),
+]
+COCO_ROWS = [
+    (*PLAIN_ROW, {}, 36.3),
+    ("TAR from r101", DISTILLED, {"teacher": "r101"}, 39.0),
+    ("teacher r101", TEACHER, {"teacher": "r101"}, 38.5),
+    ("TAR from r152", DISTILLED, {"teacher": "r152"}, 39.9),
+    ("teacher r152", TEACHER, {"teacher": "r152"}),
+]
+GATE_ROWS = [
+    *variants("regression level, gate {}", "reg_gate", ("proposal", "student", "none"), only("reg")),
+    *variants("classification level, gate {}", "cls_gate", ("none", "better"), only("cls")),
+    ("classification level, all regions", DISTILLED, {**only("cls"), "soft_labels": "all"}),
+]
+PROPOSAL_ROWS = [
+    *variants("both heads' levels, {} proposals", "proposals", ("student", "teacher", "both"), only("cls", "reg")),
+    ("both heads' levels, no sharing", DISTILLED, {**only("cls", "reg"), "no_sharing": True}),
+]
+MASK_ROWS = variants("backbone level, {} mask", "mask", ("gaussian", "box", "full", "fine-grained"), only("backbone"))
+DECAY_ROWS = variants("all three levels, decay {}", "decay", ("linear", "cosine", "step", "none"), {"decay_end": 1.0})
+LARGER_TEACHERS = [
+    (title.format(backbone), kind, {"teacher": backbone})
+    for backbone in ("r18", "r34", "r50", "r101")
+    for title, kind in (("TAR from {}", DISTILLED), ("teacher {}", TEACHER))
+]
+ROWS = {
+    "shapes": LEVEL_ROWS,
+    "voc": LEVEL_ROWS,
+    "coco": COCO_ROWS,
+    "retinanet": [PLAIN_ROW, ("TAR", DISTILLED, {}, "+2.3"), TEACHER_ROW],
+    "claim": [PLAIN_ROW, ("TAR", DISTILLED), TEACHER_ROW],
+    "teachers": [PLAIN_ROW, *LARGER_TEACHERS],
+    "masks": [PLAIN_ROW, *MASK_ROWS, TEACHER_ROW],
+    "decay": [PLAIN_ROW, *DECAY_ROWS, TEACHER_ROW],
+    "gates": [PLAIN_ROW, *GATE_ROWS, TEACHER_ROW],
+    "proposals": [PLAIN_ROW, *PROPOSAL_ROWS, TEACHER_ROW],
+}
+
+
+@dataclass
+class Row:
+    """A row of a table: what it trains, and its runs."""
+
+    title: str
+    kind: str
+    changes: dict = field(default_factory=dict)  # flags that are not the table's
+    paper: object = None  # its figure in the paper, or the gain
+    folder: str = None  # of its run, where it is not named by its settings
+    whole: bool = False  # the whole method, and not a part of it
+    teacher_row: str = None  # title of the teacher's row, of a row of the whole method
+    command: str = ""
+    runs: list = field(default_factory=list)  # one a seed, as run_table.summary_of() returns them
+
+    def flags(self, args, epochs=None):
+        """The flags of the row's runs but for the seed; epochs: of a row of equal cost."""
+        args = changed(args, **self.changes)
+        if self.kind == DISTILLED:
+            return args
+        if self.kind == TEACHER:
+            args = teacher_of(args)
+        alone = {"teacher": None, "teacher_weights": None, "epochs": epochs or args.epochs}
+        usual = {**vars(parse([])), **RECIPES[args.recipe or args.dataset]}
+        return changed(args, **alone, **{name: usual[name] for name in DISTILLATION})
+
+
+def rows_of(args, parent):
+    """The rows of the table that the flags name, in its order; without --table those of the demonstration."""
+    if args.table is None:
+        teacher, plain = f"teacher {args.teacher}", f"plain {args.student}"
+        changes = {"teacher_weights": parent / "teacher/last.pth", "teacher_epochs": 0}
+        title = f"TAR {args.student} from {args.teacher}"
+        return [
+            Row(teacher, TEACHER, folder="teacher"),
+            Row(plain, PLAIN, folder="plain"),
+            Row(title, DISTILLED, changes, folder="tar", whole=True, teacher_row=teacher),
+            Row(f"{plain}, equal cost", EQUAL, folder="plain-equal-cost"),
+        ]
+    rows = [Row(*row) for row in ROWS[args.table]]
+    if args.teacher_weights:  # trained elsewhere
+        rows = [row for row in rows if row.kind != TEACHER]
+    titles = {row.changes.get("teacher"): row.title for row in rows if row.kind == TEACHER}
+    for row in rows:
+        if row.kind == DISTILLED and row.changes.keys() <= TEACHERS_FLAGS:
+            row.whole, row.teacher_row = True, titles.get(row.changes.get("teacher"))
+    return [*rows, Row("student, equal cost", EQUAL)]
+
+
+def papers_setting(args, test_images):
+    """Whether a table was measured with the paper's data and models."""
+    detector = "retinanet" if args.table == "retinanet" else "faster-rcnn"
+    models = (args.detector, args.student, args.teacher) == (detector, "r50", "r101")
+    return models and args.dataset == TABLE_DATASETS[args.table] and test_images == PAPERS_TEST_IMAGES[args.dataset]
+
+
+def command_of(args, *more):
+    """The command line that gives these flags: what differs from the defaults of their data set or recipe.
+
+    Args:
+        more: words to end with, for example seed and output, which the rows of a table do not name.
+    """
+    words = ["--student", args.student]
+    for name, default in (("dataset", "shapes"), ("detector", "faster-rcnn"), ("recipe", None)):
+        words += [f"--{name}", getattr(args, name)] * (getattr(args, name) != default)
+    usual = parse(words)
+    for action in parser()._actions:
+        name, value = action.dest, getattr(args, action.dest, None)
+        switched_off = any(name == f"weight_{level}" and getattr(args, f"no_{level}") for level in LEVELS)
+        apart = name in ("table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student")
+        unused = name in DISTILLATION and not args.teacher
+        if apart or unused or switched_off or (action.dest == "decay" and "--no-decay" in action.option_strings):
+            continue
+        if value is not None and value != getattr(usual, name, None):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [action.option_strings[0], *map(str, values)]
+    return "python train.py " + shlex.join([*words, *map(str, more)])

@@ -1,0 +1,121 @@
+"""Trains the rows of a table, and keeps all that is printed of them in one JSON file."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, mean
+
+from tar import UserError
+from tar.tables.print_table import DISTILLED, EQUAL, FIGURES, table_text
+from tar.tables.rows import command_of, papers_setting, rows_of
+from tar.training import checkpoint
+from tar.training.flags import TABLE_DATASETS, contradiction
+from tar.training.run_folder import changed, read_log
+
+
+def run_table(args, process, train):
+    """Trains the rows that have not been trained, saves table-NAME-DATASET-DETECTOR.json after each, and prints it.
+
+    Args:
+        args: flags; student and teacher may be missing. Without --table: the demonstration, in folders of its own.
+        train: train.py's function for a run: (args, process, parent folder, name of its folder or None, its title)
+            -> ({title: result.json's dict}, the student's last, and its folder).
+    """
+    teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
+    given = args.teacher
+    args = changed(args, student=args.student or student, teacher=args.teacher or teacher)
+    if args.dataset == "shapes" and not args.teacher_weights:  # about as long as a plain student of equal cost
+        args.teacher_epochs = args.teacher_epochs or args.epochs * 5 // 4
+    parent = Path(args.output or ("runs" if args.table else "runs/demo"))
+    rows = rows_of(args, parent)
+    for row in rows:  # before the first is trained
+        wrong = contradiction(row.flags(args))
+        if wrong:
+            raise UserError(f"--table {args.table}, row {row.title}: {wrong}")
+    if (args.teacher_weights or given) and any(row.changes.get("teacher") for row in rows):
+        text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
+        raise UserError(f"--table {args.table}: {text}")
+    table = {"table": args.table or "demo", "dataset": args.dataset, "detector": args.detector, "split": args.split}
+    file = parent / f"table-{table['table']}-{args.dataset}-{args.detector}.json"
+    for row in sorted(rows, key=lambda row: row.kind == EQUAL):
+        flags = row.flags(args, epochs_of_equal_cost(args, rows, process) if row.kind == EQUAL else None)
+        row.command = command_of(flags)
+        for seed in range(args.seed, args.seed + args.seeds):
+            title = f"{row.title}, seed {seed}" if args.seeds > 1 else row.title
+            results, folder = train(changed(flags, seed=seed), process, parent, row.folder, title)
+            *_, result = results.values()
+            row.runs.append(summary_of(result, folder, seed))
+        images = result["test_images"]
+        table |= {"test_images": images, "papers": args.table in TABLE_DATASETS and papers_setting(args, images)}
+        table["rows"] = [{k: v for k, v in asdict(r).items() if k not in ("changes", "folder")} for r in rows]
+        process.alone(checkpoint.save_text, file, json_of(table))
+    process.say("\n" + table_text(table))
+    run = parent / costly(rows)[0].runs[0]["folder"]
+    process.say(f"Table: {file}. Next: python eval.py --weights {run / 'last.pth'}")
+
+
+def costly(rows):
+    """The rows whose cost counts for the row of equal cost: the whole method's, or else all distilled ones."""
+    distilled = [row for row in rows if row.kind == DISTILLED]
+    return [row for row in distilled if row.whole] or distilled
+
+
+def epochs_of_equal_cost(args, rows, process):
+    """How long a plain student trains that costs as much as the dearest distillation: whole epochs, rounded up."""
+    costs = {row.title: mean(run["cost"] for run in row.runs) for row in costly(rows)}
+    dearest = max(costs, key=costs.get)
+    epochs = max(math.ceil(args.epochs * costs[dearest]), args.epochs)
+    which = f" ({dearest})" if len(costs) > 1 else ""
+    text = f"costs {costs[dearest]:.2f} plain trainings: {epochs} epochs for {args.epochs}"
+    process.say(f"\nThe distillation{which} {text}.")
+    return epochs
+
+
+def summary_of(result, folder, seed):
+    """What a table keeps of a run: figures in percent (also of each class, and at each evaluation), cost and gate.
+
+    Args:
+        result: result.json's dict; its cost is in plain trainings of the same epochs.
+        folder: of the run, with log.jsonl.
+    """
+
+    def chosen(figures, names=("AP", "AP50", "voc07")):
+        return {name: figures[name] for name in names if name in figures}
+
+    log = read_log(folder / "log.jsonl")
+    return {
+        **{"seed": seed, "folder": folder.name, "device": result["environment"]["device"]},
+        **chosen(result, ("cost", "parameters", "ms_per_image", "epochs", "seconds", *FIGURES)),
+        "curve": [[line["epoch"], chosen(line["metrics"])] for line in log if "metrics" in line],
+        "gate": gate_by_quarter(log),
+        "per_class": {name: chosen(figures) for name, figures in result["per_class"].items()},
+    }
+
+
+def gate_by_quarter(log):
+    """The part of the positives that the regression gate lets through in each quarter of a run: four numbers, percent.
+
+    A number is None where the teacher was not used; all is None for a run without a gate.
+
+    Args:
+        log: lines of log.jsonl; each is the mean of the steps since the line before.
+    """
+    steps = [line for line in log if "metrics" not in line]
+    quarters, before = [[] for _ in range(4)], 0
+    for line in steps:
+        if "gate_open" in line:
+            quarters[4 * before // steps[-1]["step"]].append((100 * line["gate_open"], line["step"] - before))
+        before = line["step"]
+    means = [fmean(*zip(*quarter, strict=True)) if quarter else None for quarter in quarters]  # weighted with the steps
+    return means if any(quarters) else None
+
+
+def json_of(table):
+    """A table as JSON, one run a line."""
+    rows = []
+    for row in table["rows"]:
+        start = json.dumps({name: value for name, value in row.items() if name != "runs"})[:-1]
+        rows.append(f'{start}, "runs": [\n' + ",\n".join(map(json.dumps, row["runs"])) + "]}")
+    start = json.dumps({name: value for name, value in table.items() if name != "rows"}, indent=1)[:-2]
+    return f'{start},\n "rows": [\n' + ",\n".join(rows) + "]}\n"

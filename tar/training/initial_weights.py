@@ -1,0 +1,54 @@
+"""Whose weights a run starts from: the teacher's, a checkpoint's, torchvision's."""
+
+from tar import UserError
+from tar.data.datasets import difference
+from tar.detectors.coco_teacher import build_coco_teacher
+from tar.training import checkpoint
+
+
+def read_teacher(args, classes):
+    """The teacher of --teacher-weights, and its checkpoint.
+
+    Raises:
+        UserError: it is of another detector type, another backbone or other classes than the flags and the data say,
+            or its anchors are others, where both models answer for anchors.
+    """
+    if args.teacher_weights == "coco":
+        teacher, build = build_coco_teacher(args.detector, classes, *args.size)
+        saved = {"build": build, "classes": list(classes), "settings": {}}
+    else:
+        teacher, saved = checkpoint.load_detector(args.teacher_weights)
+    build = saved["build"]
+    said = {"detector": args.detector, "backbone": args.teacher}
+    if args.detector == "retinanet":  # both models' heads run on the anchors
+        said["anchor_scale"] = args.anchor_scale
+    wrong = [f"its {name} is {build[name]}, not {value}" for name, value in said.items() if build[name] != value]
+    if list(classes) != saved["classes"]:
+        wrong.append(f"its classes are others: {difference(classes, saved['classes'])}")
+    if wrong:
+        raise UserError(f"{args.teacher_weights}: not the teacher of the flags and the data: {wrong[0]}")
+    return teacher, saved
+
+
+def start_from(student, path, build, classes):
+    """Loads --student-weights into a student of the same architecture and classes."""
+    saved = checkpoint.load(path)
+    if list(classes) != saved["classes"]:
+        raise UserError(f"{path}: trained on other classes: {difference(classes, saved['classes'])}")
+    try:
+        student.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        its = {k: v for k, v in saved["build"].items() if v != build.get(k)}
+        raise UserError(f"{path}: not the weights of this student; it was built with {its}") from error
+
+
+def inherit(student, teacher):
+    """--inherit: copies the teacher's pyramid and heads into the student where shapes match; how many tensors did."""
+    mine = student.state_dict()
+    fitting = {
+        name: value
+        for name, value in teacher.state_dict().items()
+        if not name.startswith("backbone.body") and name in mine and mine[name].shape == value.shape
+    }
+    student.load_state_dict({**mine, **{name: value.float() for name, value in fitting.items()}})
+    return len(fitting)

@@ -1,0 +1,158 @@
+"""Batches: their order on one and several processes, flips, loader processes."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_runs import ROOT
+
+from tar import UserError, fail
+from tar.data.loader import Samples, make_loader, test_batches, to_device, train_batches
+from tar.data.shapes import Shapes
+
+test_batches.__test__ = False  # a function of the loader, not a test
+
+
+class Bright:
+    """A black image with a bright rectangle off the centre, which is its box, and an ignored box."""
+
+    classes = ("bright", "ignored")
+
+    def __len__(self):
+        return 4
+
+    def load(self, epoch, index):
+        image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+        image[:, 5:11, 3 + index : 14] = 200
+        boxes = torch.tensor([[1.0, 1.0, 2.0, 2.0], [3.0 + index, 5.0, 14.0, 11.0]])
+        return image, boxes, torch.tensor([2, 1]), torch.tensor([True, False])
+
+
+def bright_box(image):
+    rows, columns = image[0].any(1).nonzero(), image[0].any(0).nonzero()
+    return [columns.min().item(), rows.min().item(), columns.max().item() + 1, rows.max().item() + 1]
+
+
+class TestSamples:
+    def test_training_leaves_ignored_boxes_out_and_flips_half_of_the_images_with_their_boxes(self):
+        samples, flipped = Samples(Bright(), train=True, seed=1), []
+        for epoch in range(50):
+            for index in range(4):
+                image, target = samples[epoch, index]
+                assert target["boxes"].tolist() == [bright_box(image)] and target["labels"].tolist() == [1]
+                assert type(target["boxes"]) is torch.Tensor
+                flipped.append(target["boxes"].tolist() == [[30 - 14, 5, 30 - 3 - index, 11]])
+        assert 70 < sum(flipped) < 130 and flipped[:100] != flipped[100:]
+
+    def test_testing_keeps_everything_as_it_is(self):
+        for index in range(4):
+            image, target = Samples(Bright(), train=False)[0, index]
+            assert target["boxes"].tolist() == [[1, 1, 2, 2], [3 + index, 5, 14, 11]]
+            assert bright_box(image) == target["boxes"][1].tolist()
+            assert target["labels"].tolist() == [2, 1] and target["ignored"].tolist() == [True, False]
+            assert target["image_id"] == index
+
+
+WIDE = [i % 5 in (0, 2, 3) for i in range(28)]  # 17: four whole batches of four, and 2 of the 11 others
+
+
+def global_batches(total, world, epoch=0, wide=WIDE, seed=3):
+    """The indices of batch k of all processes together."""
+    parts = [train_batches(len(wide), total // world, seed, epoch, rank, world, wide) for rank in range(world)]
+    assert {e for part in parts for batch in part for e, _ in batch} == {epoch}
+    return [[i for batch in batches for _, i in batch] for batches in zip(*parts, strict=True)]
+
+
+class TestTrainBatches:
+    @pytest.mark.parametrize("length", [1, 8, 27])
+    def test_the_order_is_torchs_permutation_of_seed_and_epoch(self, length):
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(5 * 1_000_003 + 2)).tolist()
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        batches = train_batches(length, 4, seed=5, epoch=2)
+        assert batches == [[(2, i) for i in order[k : k + 4]] for k in range(0, length, 4)]
+        assert torch.equal(torch.get_rng_state(), before)
+
+    @pytest.mark.parametrize("wide", [None, WIDE])
+    @pytest.mark.parametrize(("length", "world"), [(8, 2), (11, 2), (11, 3), (27, 4), (2, 4), (1, 4)])
+    def test_processes_have_as_many_batches_and_together_all_images(self, length, world, wide):
+        parts = [train_batches(length, 2, 0, 0, rank, world, wide and wide[:length]) for rank in range(world)]
+        sizes = [[len(batch) for batch in part] for part in parts]
+        assert all(size == sizes[0] for size in sizes)
+        keys = [key for part in parts for batch in part for key in batch]
+        assert set(keys) == {(0, i) for i in range(length)}
+        assert len(keys) == -(-length // world) * world  # no more is filled up than must be
+
+    @pytest.mark.parametrize("wide", [WIDE, [True] * 28])
+    def test_the_number_of_processes_changes_no_batch(self, wide):
+        one, two, four = ([sorted(batch) for batch in global_batches(4, world, 1, wide)] for world in (1, 2, 4))
+        assert one == two == four
+        assert sorted(i for batch in one for i in batch) == list(range(28))
+
+    def test_whole_batches_have_one_orientation(self):
+        batches = global_batches(4, 2)
+        wide = [sum(WIDE[i] for i in batch) for batch in batches]
+        assert [len(batch) for batch in batches] == [4] * 7
+        assert sorted(wide[:6]) == [0, 0, 4, 4, 4, 4] and wide[6] == 1  # 17 - 16 wide ones are left over
+
+    def test_batches_change_with_epoch_and_seed_in_content_and_in_order(self):
+        runs = [global_batches(4, 1, epoch, seed=seed) for seed in range(3) for epoch in range(4)]
+        assert len({tuple(map(tuple, batches)) for batches in runs}) == 12
+        assert len({frozenset(batches[0]) for batches in runs}) > 6
+        assert len({tuple(WIDE[batch[0]] for batch in batches[:6]) for batches in runs}) > 3  # wide ones not first
+
+
+@pytest.mark.parametrize(("length", "world"), [(1, 2), (6, 1), (6, 3), (7, 2)])
+def test_each_test_image_is_in_one_batch_of_one_process(length, world):
+    batches = [batch for rank in range(world) for batch in test_batches(length, 2, rank, world)]
+    assert sorted(key for batch in batches for key in batch) == [(0, i) for i in range(length)]
+    assert all(len(batch) <= 2 for batch in batches)
+
+
+def test_batches_are_the_same_with_and_without_workers():
+    source, keys = Shapes("train", 6, seed=2), [[(1, 4), (1, 0)], [(1, 3), (2, 3)], [(1, 5)]]
+    here, there = (list(make_loader(source, True, keys, seed=2, workers=workers)) for workers in (0, 2))
+    assert [[t["image_id"] for t in targets] for _, targets in here] == [[4, 0], [3, 3], [5]]
+    for (images, targets), (images_there, targets_there) in zip(here, there, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(images, images_there, strict=True))
+        for a, b in zip(targets, targets_there, strict=True):
+            assert a.keys() == b.keys() and a["image_id"] == b["image_id"]
+            assert all(torch.equal(a[name], b[name]) for name in ("boxes", "labels", "ignored"))
+
+
+class Broken(Bright):
+    def load(self, epoch, index):
+        raise UserError("image 7: cannot be read")
+
+
+def test_a_workers_error_is_one_line_too(capsys):
+    with pytest.raises(UserError) as error:
+        list(make_loader(Broken(), True, [[(0, 0)]], workers=1))
+    with pytest.raises(SystemExit):  # torch puts a worker's error inside a traceback, and fail() takes it out
+        fail("train.py", error.value)
+    assert re.fullmatch("train.py: error: image 7: cannot be read\n", capsys.readouterr().err)
+
+
+LEFT_BEHIND = """
+from tar.data.loader import make_loader
+from tar.data.shapes import Shapes
+left = iter(make_loader(Shapes("train", 8), True, [[(0, i)] for i in range(8)], workers=1))
+next(left)
+"""
+
+
+def test_a_worker_left_behind_does_not_keep_the_program():
+    """An error in the middle of an epoch leaves its loader processes behind."""
+    done = subprocess.run([sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+
+
+def test_to_device_scales_pixels_to_one_and_keeps_what_training_needs():
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1)
+    target = {"boxes": torch.ones(1, 4), "labels": torch.ones(1).long(), "ignored": torch.zeros(1), "image_id": 3}
+    images, targets = to_device([image], [target], torch.device("cpu"))
+    assert images[0].dtype == torch.float32
+    assert images[0].flatten().tolist() == pytest.approx([0, 0.2, 1])
+    assert targets[0].keys() == {"boxes", "labels"}

@@ -1,0 +1,220 @@
+"""Average precision: VOC's against its development kit's rule in plain Python, COCO's against pycocotools."""
+
+import numpy as np
+import pytest
+from coco_sets import FIGURES, SPARSE, annotation, entry, pycocotools_stats, results_of, write_coco
+
+from tar.data.coco import Coco
+from tar.evaluation import voc_ap
+from tar.evaluation.average_precision import coco_metrics, voc_curve, voc_metrics
+
+# VOC
+
+
+def result(truth=(), found=(), image_id=0):
+    """One image's result; truth: (box, label, ignored), found: (box, label, score)."""
+    columns = {}
+    for names, rows in ((("gt_boxes", "gt_labels", "gt_ignored"), truth), (("boxes", "labels", "scores"), found)):
+        boxes, labels, last = zip(*rows, strict=True) if rows else ((), (), ())
+        columns[names[0]] = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        columns[names[1]] = np.array(labels, dtype=np.int64)
+        columns[names[2]] = np.array(last, dtype=bool if names[2] == "gt_ignored" else np.float32)
+    return {"image_id": image_id, **columns}
+
+
+# Recall-precision curves with the average precision by the 11-point rule and by area.
+CURVES = {
+    "perfect": ([0.5, 1.0], [1.0, 1.0], 1.0, 1.0),
+    "no detection": ([], [], 0.0, 0.0),
+    # Recall that lies exactly on a threshold reaches it: 0, 0.1, 0.2, 0.3 are four of eleven.
+    "3 of 10 found": (np.arange(1, 4) / 10, [1.0] * 3, 4 / 11, 0.3),
+    "half of the detections right": ([0.0, 1.0], [0.0, 0.5], 0.5, 0.5),
+    # Right, wrong, right, wrong, wrong, right of 4 boxes. Best precision from recall 0: 1, from 0.25 on: 2/3, from
+    # 0.5 on: 1/2, from 0.75 on: 0.
+    "zig-zag": (
+        [0.25, 0.25, 0.5, 0.5, 0.5, 0.75],
+        [1, 1 / 2, 2 / 3, 2 / 4, 2 / 5, 3 / 6],
+        (3 * 1 + 3 * 2 / 3 + 2 * 1 / 2) / 11,
+        (1 + 2 / 3 + 1 / 2) / 4,
+    ),
+    # A later, higher precision counts for the lower recalls too.
+    "wrong first": ([0.0, 0.5, 1.0], [0.0, 1 / 2, 2 / 3], 2 / 3, 2 / 3),
+}
+
+
+@pytest.mark.parametrize(("recall", "precision", "points", "area"), CURVES.values(), ids=CURVES)
+def test_voc_ap_by_hand(recall, precision, points, area):
+    assert voc_ap(recall, precision, use_07_metric=True) == pytest.approx(points)
+    assert voc_ap(recall, precision, use_07_metric=False) == pytest.approx(area)
+
+
+BOX, LESS, BELOW, FAR = (0, 0, 10, 10), (0, 0, 10, 8), (0, 20, 10, 30), (50, 50, 60, 60)
+
+
+@pytest.mark.parametrize(
+    ("truth", "found", "recall", "precision"),
+    [
+        pytest.param([(BOX, 1, False)], [], [], [], id="nothing found"),
+        pytest.param([(BOX, 1, False)], [(BOX, 2, 0.9)], [], [], id="found as another class"),
+        pytest.param([(BOX, 1, False)], [((0, 0, 10, 5), 1, 0.9)], [1], [1], id="IoU exactly 0.5"),
+        pytest.param([(BOX, 1, False)], [((0, 0, 10, 4.9), 1, 0.9)], [0], [0], id="IoU 0.49"),
+        pytest.param([(BOX, 1, False)], [(BOX, 1, 0.9), (BOX, 1, 0.8)], [1, 1], [1, 1 / 2], id="duplicate is wrong"),
+        pytest.param([(BOX, 1, False)], [(BOX, 1, 0.6), (LESS, 1, 0.9)], [1, 1], [1, 1 / 2], id="the score decides"),
+        pytest.param(
+            *([(BOX, 1, False), (LESS, 1, False)], [(BOX, 1, 0.9), ((0, 0, 10, 9.5), 1, 0.8)]),
+            *([1 / 2, 1 / 2], [1, 1 / 2]),
+            id="no second best box for one whose best is taken",
+        ),
+        pytest.param([(BOX, 1, False), (BELOW, 1, True)], [(BOX, 1, 0.9)], [1], [1], id="difficult is not missed"),
+        pytest.param(
+            *([(BOX, 1, False), (BELOW, 1, True)], [(BELOW, 1, 0.9), (BELOW, 1, 0.85), (BOX, 1, 0.8)], [1], [1]),
+            id="difficult is neither right nor wrong, found once or twice",
+        ),
+    ],
+)
+def test_voc_curve_by_hand(truth, found, recall, precision):
+    got = voc_curve([result(truth, found)], 1)
+    assert [list(column) for column in got] == [pytest.approx(recall), pytest.approx(precision)]
+
+
+@pytest.mark.parametrize("truth", [[], [(BOX, 1, True)]], ids=["no box", "difficult only"])
+def test_a_class_without_boxes_that_count_has_no_curve(truth):
+    results = [result(truth, [(BOX, 1, 0.9)])]
+    assert voc_curve(results, 1) is None and voc_metrics(results, ("a",))["voc07"] is None
+
+
+def iou(a, b):
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    areas = sum((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+    return width * height / (areas - width * height) if min(width, height) > 0 else 0.0
+
+
+def devkit_ap(results, label):
+    """VOCevaldet.m for one class in plain Python: the AP of VOC 2007 and of VOC 2010 on, in percent."""
+    columns = [[r[f"gt_{key}"].tolist() for key in ("boxes", "labels", "ignored")] for r in results]
+    truth = [[(b, difficult) for b, k, difficult in zip(*row, strict=True) if k == label] for row in columns]
+    columns = [zip(*(r[key].tolist() for key in ("scores", "boxes", "labels")), strict=True) for r in results]
+    ranked = sorted(((s, i, b) for i, row in enumerate(columns) for s, b, k in row if k == label), reverse=True)
+    count = sum(not difficult for row in truth for _, difficult in row)
+    taken, right, wrong, curve = set(), 0, 0, []
+    for _, image, box in ranked:
+        overlap, best = max(((iou(box, b), i) for i, (b, _) in enumerate(truth[image])), default=(0.0, -1))
+        if overlap >= 0.5 and truth[image][best][1]:
+            continue  # a difficult box: the detection does not count
+        if overlap >= 0.5 and (image, best) not in taken:
+            taken.add((image, best))
+            right += 1
+        else:
+            wrong += 1
+        curve.append((right / count, right / (right + wrong)))
+    eleven = sum(max((p for r, p in curve if r >= k / 10), default=0.0) for k in range(11)) / 11
+    area = last = 0.0
+    for i, (recall, _) in enumerate(curve):
+        area += (recall - last) * max(p for _, p in curve[i:])
+        last = recall
+    return 100 * eleven, 100 * area
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_voc_metrics_are_the_development_kits(tmp_path, seed):
+    file, found, _ = random_set(tmp_path, seed, plain=True, images=60)
+    for row, place in zip(found, np.random.default_rng(seed).permutation(len(found)), strict=True):
+        row["score"] = place / len(found)  # no two are equal: the rule does not say which of two comes first
+    source = Coco(file, tmp_path)
+    results = results_of(source, found)
+    got = voc_metrics(results, source.classes)
+    expected = [devkit_ap(results, label) for label in (1, 2, 3)]
+    for column, key in enumerate(("voc07", "voc_area")):
+        values = [values[column] for values in expected]
+        assert [row[key] for row in got["per_class"].values()] == pytest.approx(values, abs=1e-9)
+        assert got[key] == pytest.approx(sum(values) / 3, abs=1e-9) and 10 < got[key] < 95
+
+
+# COCO
+
+
+def test_coco_of_a_class_or_size_without_boxes_is_none():
+    metrics = coco_metrics([result([(BOX, 1, False)], [(BOX, 1, 0.9), (FAR, 2, 0.9)])], ("a", "b"))
+    assert [metrics[name] for name in FIGURES] == [*[pytest.approx(100)] * 4, None, None]
+    assert metrics["per_class"] == {"a": pytest.approx({"AP": 100, "AP50": 100}), "b": {"AP": None, "AP50": None}}
+    assert coco_metrics([result([], [(BOX, 1, 0.9)])], ("a",))["AP"] is None
+
+
+def test_coco_counts_the_ten_thresholds():
+    found = (0, 0, 10, 6.2)  # IoU 0.62: over 0.5, 0.55 and 0.6
+    metrics = coco_metrics([result([(BOX, 1, False)], [(found, 1, 0.9)])], ("a",))
+    assert [metrics[name] for name in ("AP", "AP50", "AP75")] == pytest.approx([30, 100, 0])
+
+
+def random_set(folder, seed, plain, images=24):
+    """Boxes of all sizes in quarters of a pixel, some crowds; detections near them, elsewhere, inside crowds and of the
+    wrong category. Unless plain, some boxes reach over the border, and areas are less than the boxes'."""
+    rng, boxes, found = np.random.default_rng(seed), [], []
+    entries = [entry(int(i), *((500, 500) if plain else (320, 240))) for i in rng.permutation(900)[:images]]
+
+    def quarters(values):
+        return (np.round(np.asarray(values) * 4) / 4).tolist()
+
+    for image in entries:
+        for _ in range(rng.integers(0, 7)):
+            side = np.exp(rng.random(2) * 3.4 + 2)
+            corner, category = rng.random(2) * (300, 220) - (0 if plain else 5), int(rng.choice([1, 13, 90]))
+            bbox, crowd = quarters([*corner, *side]), int(rng.random() < 0.15)
+            area = bbox[2] * bbox[3] * (1 if plain else rng.uniform(0.3, 0.9))
+            boxes.append(annotation(image["id"], category, bbox, area=area, iscrowd=crowd, id=3 * len(boxes) + 1))
+            for _ in range(rng.integers(0, 3) + crowd):
+                near = bbox + rng.normal(size=4) * np.tile(side, 2) * 0.08
+                near = [*(corner + side / 4), *side / 2] if crowd else near
+                kind = category if rng.random() < 0.8 else int(rng.choice([1, 13, 90]))
+                found.append(annotation(image["id"], kind, quarters(near), score=int(rng.integers(1, 1024)) / 1024))
+        found.append(annotation(image["id"], 13, quarters([*rng.random(2) * 200, 20, 20]), score=0.5))
+    return write_coco(folder, entries, boxes), found, boxes
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["by index and label", "by the file's ids and areas"])
+@pytest.mark.parametrize("seed", range(2))
+def test_coco_metrics_are_pycocotools_own_of_the_file(seed, plain, tmp_path):
+    file, found, boxes = random_set(tmp_path, seed, plain)
+    source = Coco(file, tmp_path)
+    metrics = coco_metrics(results_of(source, found), source.classes, None if plain else source)
+    expected = pycocotools_stats(file, found)
+    assert sum(a["iscrowd"] for a in boxes) > 2 and source.dropped == []
+    assert None not in expected and 5 < expected[0] < 95
+    assert [metrics[name] for name in FIGURES] == pytest.approx(expected)
+    for category, name in SPARSE:
+        stats = pycocotools_stats(file, found, only=category)
+        assert metrics["per_class"][name] == pytest.approx({"AP": stats[0], "AP50": stats[1]})
+    assert list(metrics["per_class"]) == ["person", "sign", "brush"]
+
+
+AREAS = ({}, "medium"), ({"area": 900.0}, "small"), ({"area": 10000}, "large"), ({"area": "900"}, "medium")
+
+
+@pytest.mark.parametrize(("area", "size"), AREAS, ids=str)
+def test_the_size_of_an_object_is_the_files_area(tmp_path, area, size):
+    bbox = [2, 2, 40, 40]  # 1600 pixels: medium is from 32 x 32 to 96 x 96
+    source = Coco(write_coco(tmp_path, [entry(7, 64, 64)], [annotation(7, 90, bbox, **area)]), tmp_path)
+    metrics = coco_metrics(results_of(source, [annotation(7, 90, bbox, score=0.5)]), source.classes, source)
+    sizes = {f"AP_{name}": pytest.approx(100) if name == size else None for name in ("small", "medium", "large")}
+    assert {name: metrics[name] for name in sizes} == sizes
+
+
+# Without the flag precision is 1/4 up to recall 1/2, which is 51 of pycocotools' 101 points.
+@pytest.mark.parametrize(("crowd", "ap"), [(1, 100), (0, 25 * 51 / 101)])
+def test_detections_inside_a_crowd_are_not_punished(tmp_path, crowd, ap):
+    """Three of four are in the crowd, with higher scores."""
+    boxes = [annotation(7, 13, [0, 0, 10, 10]), annotation(7, 13, [20, 0, 60, 60], iscrowd=crowd)]
+    found = [annotation(7, 13, [25 + 15 * i, 10, 10, 10], score=0.9) for i in range(3)]
+    source = Coco(write_coco(tmp_path, [entry(7, 96, 64)], boxes), tmp_path)
+    results = results_of(source, [*found, annotation(7, 13, [0, 0, 10, 10], score=0.5)])
+    assert coco_metrics(results, source.classes, source)["AP"] == pytest.approx(ap)
+
+
+@pytest.mark.parametrize("ids", [(0, 0), (5, 5), None], ids=["0", "twice", "none"])
+def test_the_ids_of_annotations_do_not_matter(tmp_path, ids):
+    """pycocotools takes a match with annotation 0 for none, and of two with one id keeps one."""
+    boxes = [annotation(0, 1, [5, 5, 9, 9]), annotation(8, 1, [5, 5, 9, 9])]
+    boxes = [{**a, "id": ids[k]} if ids else a for k, a in enumerate(boxes)]
+    source = Coco(write_coco(tmp_path, [entry(0), entry(8)], boxes), tmp_path)
+    found = [{**a, "score": 0.5} for a in boxes]
+    assert coco_metrics(results_of(source, found), source.classes, source)["AP"] == pytest.approx(100)

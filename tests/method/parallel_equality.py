@@ -1,0 +1,165 @@
+"""The gradient of N processes with B / N images each against that of one process with all B, term by term.
+
+    PYTHONPATH=. python tests/method/parallel_equality.py [--processes 1 2 4] [--sync-bn]
+
+Prints the largest relative difference, |g_N - g_1| / |g_1| over all parameters, for every loss term of both detectors
+and for three batches of four images of one size (a batch is padded to its own largest image, so that a small one among
+large ones sees another border). Region sampling is made fixed: the first regions of each kind instead of random ones.
+Every image has as many regions as are asked for, because torchvision's losses are means over them, and DDP averages
+means; the number of positives differs from image to image. All is computed in double precision: in single, a sum in
+another order lets a unit near zero be on or off, and that is a difference as large as a mistake. Batch norm is frozen,
+as with ImageNet weights; with --sync-bn, on GPUs, it is trained and shared.
+"""
+
+import argparse
+import tempfile
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from tar.detectors.build import build_detector
+from tar.method.step import DistillationSettings, DistillationStep
+
+SMALL = {"min_size": 64, "max_size": 64, "anchor_scale": 4, "rois": 64, "rpn_top_n": (400, 100), "head_channels": 32}
+DETECTORS = ("faster-rcnn", "retinanet")
+BOXES = [
+    [[4.0, 4, 30, 30], [20, 24, 60, 60]],
+    [[10.0, 6, 22, 50], [30, 30, 44, 40], [50, 50, 54, 55]],
+    [[2.0, 2, 62, 62]],
+    [[33.0, 8, 57, 31]],
+]
+BATCHES = {  # which of the four images have boxes
+    "boxes in all images": (1, 1, 1, 1),
+    "a process without boxes": (1, 1, 0, 0),
+    "no boxes at all": (0, 0, 0, 0),
+}
+
+
+class First:
+    """Torchvision's balanced sampler with the first regions of each kind in the place of random ones."""
+
+    def __init__(self, sampler):
+        self.batch_size_per_image, self.positive_fraction = sampler.batch_size_per_image, sampler.positive_fraction
+
+    def __call__(self, matched):
+        pairs = []
+        for labels in matched:
+            positive, negative = (labels >= 1).nonzero().flatten(), (labels == 0).nonzero().flatten()
+            positive = positive[: int(self.batch_size_per_image * self.positive_fraction)]
+            negative = negative[: self.batch_size_per_image - len(positive)]
+            assert len(positive) + len(negative) == self.batch_size_per_image
+            pairs.append([torch.zeros_like(labels, dtype=torch.uint8) for _ in range(2)])
+            pairs[-1][0][positive], pairs[-1][1][negative] = 1, 1
+        return tuple(map(list, zip(*pairs, strict=True)))
+
+
+def build(kind, norm):
+    """A step and its teacher."""
+    models = []
+    for seed, (backbone, width) in enumerate((("r10", 16), ("r18", 24))):
+        torch.manual_seed(seed)
+        model = build_detector(kind, backbone, 3, norm=norm, fpn_channels=width, **SMALL)
+        for place in (getattr(model, "rpn", None), getattr(model, "roi_heads", None)):
+            if place is not None:
+                place.fg_bg_sampler = First(place.fg_bg_sampler)
+        models.append(model)
+    student, teacher = models
+    torch.manual_seed(2)
+    settings = DistillationSettings(weight_backbone=1.0, weight_cls=1.0, weight_reg=1.0, reg_gate="none")
+    return DistillationStep(student, settings, 24).train(), teacher.eval().requires_grad_(False)
+
+
+def batch(has_boxes):
+    random = torch.Generator().manual_seed(3)
+    images = [torch.rand(3, 64, 64, generator=random) for _ in BOXES]
+    targets = []
+    for boxes, has in zip(BOXES, has_boxes, strict=True):
+        boxes = torch.tensor(boxes if has else []).reshape(-1, 4)
+        targets.append({"boxes": boxes, "labels": torch.arange(len(boxes)) % 3 + 1})
+    return images, targets
+
+
+def gradients(kind, has_boxes, rank, world, device, sync_bn):
+    """{loss term: its gradient with respect to all that is trained}, by this process's share of the images."""
+    step, teacher = build(kind, "batch" if sync_bn else "frozen")
+    if sync_bn and world > 1:
+        step = torch.nn.SyncBatchNorm.convert_sync_batchnorm(step)
+    step, teacher = step.to(device), teacher.to(device)
+    images, targets = batch(has_boxes)
+    mine = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
+    images = [image.to(device) for image in images[mine]]
+    targets = [{k: v.to(device) for k, v in target.items()} for target in targets[mine]]
+    detection, distillation, _ = step(images, [dict(t) for t in targets], teacher)
+    trained, found = [p for p in step.parameters() if p.requires_grad], {}
+    for name, term in {**detection, **distillation}.items():
+        whole = [torch.zeros_like(p) for p in trained]
+        if term.requires_grad:
+            gradient = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+            whole = [w if g is None else g for w, g in zip(whole, gradient, strict=True)]
+        found[name] = torch.cat([g.flatten() for g in whole])
+        if world > 1:  # as DDP does
+            dist.all_reduce(found[name])
+            found[name] /= world
+    wrapped = DistributedDataParallel(step) if world > 1 else step
+    detection, distillation, _ = wrapped(images, [dict(t) for t in targets], teacher)
+    sum([*detection.values(), *distillation.values()]).backward()
+    found["all, by DDP"] = torch.cat([p.grad.flatten() for p in trained])
+    return {name: gradient.cpu() for name, gradient in found.items()}
+
+
+def work(rank, processes, folder, sync_bn, batches):
+    """What one process does of each size of group that it belongs to."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.float = torch.Tensor.double
+    device = torch.device("cuda", rank) if sync_bn else torch.device("cpu")
+    for world in processes:
+        if rank >= world:
+            continue
+        if world > 1:
+            where = {"init_method": f"file://{folder}/meet{world}", "rank": rank, "world_size": world}
+            dist.init_process_group("nccl" if sync_bn else "gloo", **where)
+        found = {
+            (kind, name): gradients(kind, has, rank, world, device, sync_bn)
+            for kind in DETECTORS
+            for name, has in batches.items()
+        }
+        if rank == 0:
+            torch.save(found, f"{folder}/{world}.pth")
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def table(processes, sync_bn=False, batches=BATCHES):
+    """{(processes, detector, batch, term): (relative difference, whether the gradient is not zero)}."""
+    rows, sizes = {}, sorted({1, *processes})
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (sizes, folder, sync_bn, batches), nprocs=sizes[-1])
+        found = {n: torch.load(f"{folder}/{n}.pth", weights_only=True) for n in sizes}
+    for world in processes:
+        for (kind, name), terms in found[world].items():
+            for term, gradient in terms.items():
+                whole = found[1][kind, name][term]
+                size = whole.norm().item()
+                difference = (gradient - whole).norm().item()
+                rows[world, kind, name, term] = (difference / size if size else difference, size > 0)
+    return rows
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    p.add_argument("--sync-bn", action="store_true")
+    args = p.parse_args()
+    rows = table(args.processes, args.sync_bn)
+    print(f"| detector | batch | term | {' | '.join(f'N = {n}' for n in args.processes)} |")
+    print("|---|---|---|" + "---|" * len(args.processes))
+    for kind, name, term in dict.fromkeys(key[1:] for key in rows):
+        cells = [rows[n, kind, name, term] for n in args.processes]
+        print(f"| {kind} | {name} | {term} | {' | '.join(f'{d:.1e}' if on else '0' for d, on in cells)} |")
+    print(f"\nlargest: {max(d for d, _ in rows.values()):.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The backbone level's parts: masks and loss against loops in plain Python, sparse adapters against dense ones."""
+
+import math
+
+import pytest
+import torch
+from by_hand import fine_grained_by_hand, mask_by_hand
+
+from tar.method.backbone_level import (
+    Adapter,
+    adapted_features,
+    backbone_loss,
+    backbone_normalizer,
+    box_mask,
+    fine_grained_mask,
+    gaussian_mask,
+    pyramid_masks,
+)
+
+
+def drawn_boxes(seed, count, side, least=0.0):
+    random = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, 2, generator=random, dtype=torch.float64) * side
+    return torch.cat([corners.amin(1), corners.amax(1) + least], 1)
+
+
+# Masks
+
+
+@pytest.mark.parametrize("sigma2", [0.5, 2.0])
+@pytest.mark.parametrize(("height", "width", "stride"), [(12, 16, 8), (3, 4, 32)])
+def test_gaussian_mask_is_the_equation_on_drawn_boxes(height, width, stride, sigma2):
+    for seed in range(3):
+        boxes = drawn_boxes(seed, 5, 128)
+        expected = torch.tensor(mask_by_hand(boxes.tolist(), height, width, stride, sigma2), dtype=torch.float64)
+        assert expected.max() > 0
+        torch.testing.assert_close(gaussian_mask(boxes, height, width, stride, sigma2), expected, rtol=1e-12, atol=0)
+
+
+def test_gaussian_mask_has_the_values_done_by_hand():
+    box = torch.tensor([[4.0, 4.0, 36.0, 20.0]])  # centre (20, 12): that of cell (1, 2); half sides 16 and 8
+    mask = gaussian_mask(box, 4, 6, 8)
+    assert mask[1, 2] == 1
+    assert mask[1, 1].item() == pytest.approx(math.exp(-(8**2) / (2 * 16**2)))  # 8 pixels beside the centre
+    assert mask[0, 2].item() == pytest.approx(math.exp(-0.5))  # on the upper edge
+    assert mask[0, 0].item() == pytest.approx(math.exp(-1.0))  # on the corner
+    assert mask[1, 5] == 0 and mask[3, 2] == 0  # outside
+    assert gaussian_mask(box, 4, 6, 8, 8.0)[1, 0].item() == pytest.approx(math.exp(-1 / 8))
+
+
+@pytest.mark.parametrize("mask", [gaussian_mask, box_mask])
+def test_no_boxes_and_boxes_without_area_or_cell_give_zeros(mask):
+    between = [5.0, 5.0, 11.0, 11.0]  # between the centres 4 and 12
+    flat = [12.0, 12.0, 12.0, 12.0], [12.0, 0.0, 12.0, 32.0], [0.0, 12.0, 32.0, 12.0]  # on the centre 12
+    for boxes in ([], [between], *[[box] for box in flat]):
+        assert mask(torch.tensor(boxes).view(-1, 4), 4, 5, 8).tolist() == [[0.0] * 5] * 4
+    solid = [4.0, 4.0, 36.0, 20.0]
+    assert torch.equal(mask(torch.tensor([flat[0], solid]), 4, 6, 8), mask(torch.tensor([solid]), 4, 6, 8))
+
+
+def test_box_mask_is_one_inside_boxes():
+    boxes = torch.tensor([[0.0, 0.0, 13.0, 5.0], [19.0, 11.0, 40.0, 32.0]])  # cell centres at 4, 12, 20, 28
+    assert box_mask(boxes, 4, 4, 8).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "box", "full"])
+def test_masks_of_a_batch_whose_second_image_has_no_boxes(kind):
+    boxes, sizes = drawn_boxes(7, 3, 64), ((8, 16), (4, 8))
+    targets = [{"boxes": boxes}, {"boxes": boxes[:0]}]
+    features = [torch.zeros(2, 5, *size) for size in sizes]
+    masks = pyramid_masks(targets, features, (8, 16), kind, sigma2=1.5)
+    assert [tuple(m.shape) for m in masks] == [(2, 8, 16), (2, 4, 8)]
+    for mask, size, stride in zip(masks, sizes, (8, 16), strict=True):
+        for i, rows in enumerate((boxes.tolist(), [])):
+            expected = torch.tensor(mask_by_hand(rows, *size, stride, 1.5, kind), dtype=torch.float64)
+            torch.testing.assert_close(mask[i], expected)
+    boxless = pyramid_masks(targets[1:], [f[:1] for f in features], (8, 16), kind)
+    assert all((m == float(kind == "full")).all() for m in boxless)
+
+
+@pytest.mark.parametrize("part", [0.5, 0.8])
+def test_fine_grained_mask_is_the_definition(part):
+    sizes, each = [(4, 6), (2, 3)], 3
+    for seed in range(3):
+        boxes, anchors = drawn_boxes(seed, 3, 60, 4), drawn_boxes(seed + 9, 30 * each, 90, 4)
+        cells = [anchors[each * i : each * (i + 1)].tolist() for i in range(30)]
+        expected = fine_grained_by_hand(boxes.tolist(), cells, part)
+        assert 0 < sum(expected) < 30
+        levels = fine_grained_mask(boxes, anchors, sizes, part)
+        assert [tuple(m.shape) for m in levels] == sizes
+        assert torch.cat([m.flatten() for m in levels]).tolist() == expected
+
+
+def test_fine_grained_mask_leaves_out_half_of_the_best_and_boxes_that_no_anchor_meets():
+    far, whole, half, more = [90.0, 90, 99, 99], [0.0, 0, 8, 8], [0.0, 0, 8, 4], [0.0, 0, 8, 5]
+    anchors = torch.tensor([far, half, more, far, whole, far, far, far])  # two a cell
+    assert fine_grained_mask(torch.tensor([whole]), anchors, [(2, 2)])[0].tolist() == [[0, 1], [1, 0]]
+    assert fine_grained_mask(torch.tensor([[40.0, 40, 50, 50]]), anchors, [(2, 2)])[0].tolist() == [[0, 0], [0, 0]]
+    assert fine_grained_mask(torch.zeros(0, 4), anchors, [(1, 1), (1, 3)])[1].tolist() == [[0, 0, 0]]
+
+
+# Adapters
+
+SIZES = [(9, 12), (5, 6), (1, 1)]
+
+
+def drawn_features(seed=0):
+    """Adapters, both models' features and masks of three levels in double precision."""
+    torch.manual_seed(seed)
+    adapters = [Adapter(4, 6).double() for _ in SIZES]
+    features = [torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True) for size in SIZES]
+    taught = [torch.randn(2, 6, *size, dtype=torch.float64) for size in SIZES]
+    masks = [torch.rand(2, *size, dtype=torch.float64) * (torch.rand(2, *size) < 0.4) for size in SIZES]
+    masks[0][0, 0, 0] = masks[0][1, -1, -1] = 0.7  # the corners: their neighbours lie outside
+    masks[1][1] = 0  # an image without a box
+    masks[2][:] = 0  # a level without a cell
+    return adapters, features, taught, masks
+
+
+def test_the_cells_under_the_mask_give_the_loss_and_the_gradients_of_all_cells():
+    adapters, features, taught, masks = drawn_features()
+    inputs, losses, found = [*features, *(p for a in adapters for p in a.parameters())], [], []
+    for sparse in (False, True):
+        mine, wanted, where = adapted_features(adapters, features, taught, masks, sparse)
+        losses.append(backbone_loss(mine, wanted, where, backbone_normalizer(wanted, where)))
+        found.append(torch.autograd.grad(losses[-1], inputs, allow_unused=False))
+    for a, t, m, mask in zip(mine, wanted, where, masks, strict=True):  # the last were sparse: no other cell
+        assert a.shape == t.shape == (int((mask > 0).sum()), 6) and torch.equal(m, mask[mask > 0])
+    assert losses[0] > 0 and losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    assert any(g.abs().max() > 0 for g in found[0])
+    for dense, sparse in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbouring_cells_add_up_to_the_same_bits_with_several_threads(dtype):
+    torch.manual_seed(0)
+    adapter, cells = Adapter(8, 8).to(dtype), torch.ones(2, 60, 60).nonzero(as_tuple=True)
+    features = torch.randn(2, 8, 60, 60).to(dtype).requires_grad_()
+    weight, threads = torch.randn(7200, 8).to(dtype), torch.get_num_threads()
+    gradients = []
+    try:
+        torch.set_num_threads(4)
+        for _ in range(5):
+            gradients += torch.autograd.grad((adapter.in_cells(features, cells) * weight).sum(), features)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(g, gradients[0]) for g in gradients)
+
+
+# The loss: two images, three channels, levels of 4 x 5 and 2 x 3 cells
+
+
+def drawn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+STUDENT = drawn(2, 3, 4, 5, seed=1), drawn(2, 3, 2, 3, seed=2)
+TEACHER = drawn(2, 3, 4, 5, seed=3), drawn(2, 3, 2, 3, seed=4)
+WEIGHTS = drawn(2, 4, 5, seed=5).abs(), drawn(2, 2, 3, seed=6).abs()
+
+
+@pytest.mark.parametrize("norm", ["energy", "cells"])
+def test_the_loss_is_the_equation(norm):
+    total = below = 0.0
+    for s, t, m in zip(STUDENT, TEACHER, WEIGHTS, strict=True):
+        s, t = s.tolist(), t.tolist()
+        for b, rows in enumerate(m.tolist()):
+            for i, row in enumerate(rows):
+                for j, weight in enumerate(row):
+                    below += weight * (1 if norm == "cells" else sum(t[b][c][i][j] ** 2 for c in range(3)))
+                    total += weight * sum((s[b][c][i][j] - t[b][c][i][j]) ** 2 for c in range(3))
+    normalizer = backbone_normalizer(TEACHER, WEIGHTS, norm)
+    assert normalizer.item() == pytest.approx(below, rel=1e-12)
+    assert backbone_loss(STUDENT, TEACHER, WEIGHTS, normalizer).item() == pytest.approx(total / (2 * below), rel=1e-12)
+
+
+def test_the_energy_makes_the_loss_independent_of_the_features_scale():
+    losses = []
+    for scale in (1, 30):
+        student, teacher = ([scale * f for f in features] for features in (STUDENT, TEACHER))
+        losses.append(backbone_loss(student, teacher, WEIGHTS, backbone_normalizer(teacher, WEIGHTS)).item())
+    assert losses[0] > 0.1
+    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["energy", "cells"])
+def test_no_boxes_give_zero_and_zero_gradients(norm):
+    student = [s.clone().requires_grad_() for s in STUDENT]
+    masks = [torch.zeros_like(m) for m in WEIGHTS]
+    loss = backbone_loss(student, TEACHER, masks, backbone_normalizer(TEACHER, masks, norm))
+    loss.backward()
+    assert loss.item() == 0 and all((s.grad == 0).all() for s in student)
+
+
+def test_its_gradient_is_that_of_finite_differences():
+    student = [s.clone().requires_grad_() for s in STUDENT]
+    normalizer = backbone_normalizer(TEACHER, WEIGHTS)
+    assert torch.autograd.gradcheck(lambda *s: backbone_loss(s, TEACHER, WEIGHTS, normalizer), student)

@@ -1,0 +1,340 @@
+"""The tables: their rows and commands, the figures of several seeds, the file, and a table that is killed."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from statistics import fmean
+
+import pytest
+import torch
+from beside import beside
+from tiny_runs import ROOT, SMALL, call
+
+import eval as evaluation
+import train
+from tar import UserError
+from tar.tables.print_table import DISTILLED, EQUAL, PLAIN, TEACHER, classes_text, read_table, table_text, verdict
+from tar.tables.rows import command_of, rows_of
+from tar.tables.run_table import gate_by_quarter, json_of, run_table
+from tar.training import flags as options
+from tar.training.process import Process
+
+KEPT = [file for file in sorted((ROOT / ".results").glob("*.json")) if file.name != "bench.json"]
+
+
+def parsed(words):
+    return options.parse(words.split())
+
+
+def run(seed, ap, **more):
+    """A run as a table keeps it, or a result.json; cost 1.2 plain trainings of 8 epochs."""
+    figures = {"AP": ap, "AP50": 1.5 * ap, "AP75": 0.8 * ap, "voc07": 2 * ap, "voc_area": 2.5 * ap}
+    about = {"parameters": 6_000_000, "epochs": 8, "seconds": 60.0, "cost": 1.2, "ms_per_image": 11.0}
+    return {"seed": seed, **figures, **about, "curve": [], "gate": None, "per_class": {}, **more}
+
+
+def runs(*aps, **more):
+    return [run(seed, ap, **more) for seed, ap in enumerate(aps)]
+
+
+def table_of(*rows, **about):
+    """A table of rows (title, kind, runs, and what else a row has)."""
+    common = {"paper": None, "whole": False, "teacher_row": None, "command": "a command"}
+    rows = [{"title": t, "kind": kind, "runs": of_row, **common, **dict(*more)} for t, kind, of_row, *more in rows]
+    start = {"table": "voc", "dataset": "coco", "detector": "faster-rcnn", "split": "test", "test_images": 4952}
+    return {**start, "papers": False, "rows": rows, **about}
+
+
+def tables_in(text):
+    """The Markdown tables of a text: of each {first cell of a row: {column: cell}}."""
+    found = []
+    for block in text.split("\n\n"):
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines() if line[0] == "|"]
+        found += [{line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}] if lines else []
+    return found
+
+
+class TestRows:
+    def test_the_papers_seven_rows(self, tmp_path):
+        rows = rows_of(parsed("--table voc"), tmp_path)
+        assert [row.paper for row in rows] == [70.0, 72.4, 73.2, 73.4, 73.8, 74.5, 74.3, None]
+        assert [row.kind for row in rows] == [PLAIN, *[DISTILLED] * 5, TEACHER, EQUAL]
+
+    def test_the_flags_of_each_kind_of_row(self, tmp_path):
+        args = parsed("--table shapes --student r10 --teacher r18 --teacher-epochs 9 --epochs 5 --weight-cls 2")
+        plain, _, level, *_, teacher, equal = (row.flags(args) for row in rows_of(args, tmp_path))
+        assert (plain.student, plain.teacher, plain.epochs, plain.weight_cls) == ("r10", None, 5, 1.0)
+        assert (level.weight_backbone, level.weight_cls, level.weight_reg, level.decay) == (0, 2.0, 0, "none")
+        assert options.distillation_settings(level).weights() == {"distill_cls": 2.0}
+        assert (teacher.student, teacher.teacher, teacher.epochs) == ("r18", None, 9)
+        assert (equal.student, equal.teacher) == ("r10", None)
+
+    def test_the_whole_method_knows_its_teachers_row(self, tmp_path):
+        def teachers(words):
+            return {row.title: row.teacher_row for row in rows_of(parsed(words), tmp_path) if row.whole}
+
+        assert teachers("--student r10 --teacher r18") == {"TAR r10 from r18": "teacher r18"}
+        assert teachers("--table coco") == {"TAR from r101": "teacher r101", "TAR from r152": "teacher r152"}
+        assert teachers("--table claim --teacher r18 --student r10 --teacher-weights some.pth") == {"TAR": None}
+        assert teachers("--table gates") == {}
+
+    @pytest.mark.parametrize("name", options.TABLES)
+    def test_every_rows_command_gives_the_rows_flags(self, name, tmp_path):
+        args = parsed(
+            f"--table {name} --student r10 --teacher r18 --dataset voc --recipe shapes --size 64 96 --epochs 5"
+        )
+        args.data_path = "a folder"
+        for row in rows_of(args, tmp_path):
+            again, expected = vars(options.parse(shlex.split(command_of(row.flags(args)))[2:])), vars(row.flags(args))
+            apart = {"table", "output", "no_backbone", "no_cls", "no_reg"}  # the levels are shown by their weights
+            assert {k for k in again if k not in apart and again[k] != expected[k]} == set()
+
+    def test_a_row_that_cannot_be_is_refused_before_any_is_trained(self, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            call(train.main, *SMALL, "--table", "proposals", "--detector", "retinanet", "--output", tmp_path)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and "--table proposals" in error and "RetinaNet's anchors" in error
+        assert not list(tmp_path.iterdir())
+
+
+class TestText:
+    def five_rows(self, **about):
+        """Two seeds of each row; AP50 is 1.5 AP, VOC07 mAP twice AP."""
+        return table_of(
+            ("student", PLAIN, runs(30.0, 31.0)),
+            ("part", DISTILLED, [run(0, 33.0), run(1, 33.0, cost=1.4)]),  # 1.3 and 8 epochs: more than 10
+            ("TAR", DISTILLED, runs(40.0, 44.0), {"whole": True, "teacher_row": "teacher"}),
+            ("teacher", TEACHER, runs(41.0, 39.0)),
+            ("equal", EQUAL, runs(36.0, 42.0, epochs=10)),
+            **about,
+        )
+
+    def test_means_deviations_gains_and_the_papers_figure(self):
+        student = ("student", PLAIN, runs(10.0, 12.0, 17.0), {"paper": 70.0})
+        tar, equal = ("TAR", DISTILLED, runs(15.0, 16.0, 20.0), {"paper": 74.5}), ("equal", EQUAL, [])
+        text = table_text(table_of(student, tar, equal, dataset="voc", papers=True))
+        [rows] = tables_in(text)
+        assert rows["student"]["AP"] == "13.0 ± 3.6"  # deviations -3, -1, 4: sqrt(26 / 2) = 3.6
+        assert rows["TAR"]["AP"] == "17.0 ± 2.6"  # -2, -1, 3: sqrt(14 / 2) = 2.6
+        assert (rows["student"]["gain"], rows["equal"]["gain"]) == ("-", "-")
+        assert rows["TAR"]["gain"] == "+8.0 ± 2.0"  # VOC07: 10, 8, 6
+        assert (rows["student"]["paper"], rows["TAR"]["paper"], rows["equal"]["paper"]) == ("70.0", "74.5", "-")
+        assert rows["TAR"]["VOC07 mAP"] == "34.0 ± 5.3" and rows["equal"]["AP"] == "-"
+        assert (rows["student"]["cost"], rows["TAR"]["cost"]) == ("-", "1.20")
+        assert "of 3 seeds; gains are in VOC07 mAP" in text and "TAR:\n    a command" in text
+        text = table_text(table_of(student, tar))  # other data than the paper's
+        assert "74.5" not in text and "paper" not in text and tables_in(text)[0]["TAR"]["gain"] == "+4.0 ± 1.0"
+
+    def test_over_equal_cost_and_the_verdict(self):
+        text = table_text(self.five_rows())
+        [rows] = tables_in(text)
+        over = {title: row["over equal cost"] for title, row in rows.items()}
+        assert over == {"student": "-", "part": "-", "TAR": "+3.0 ± 1.4", "teacher": "-", "equal": "-"}
+        assert rows["equal"]["gain"] == "+8.5 ± 3.5" and rows["teacher"]["gain"] == "+9.5 ± 2.1"
+        said = "The student passes its teacher: 42.0 AP against 40.0, +2.0 ± 4.2, above in 1 of 2 seeds."
+        said += " Over the plain student of the same epochs: +11.5 ± 2.1 AP, +17.2 ± 3.2 AP50."
+        assert f"\n{said} Over the plain student of equal cost: +3.0 ± 1.4 AP, +4.5 ± 2.1 AP50.\n" in text
+        text = table_text(self.five_rows(dataset="voc"))
+        assert tables_in(text)[0]["TAR"]["over equal cost"] == "+6.0 ± 2.8"
+        assert "84.0 VOC07 mAP against 80.0" in text and "+23.0 ± 4.2 VOC07 mAP, +17.2 ± 3.2 AP50" in text
+        table = self.five_rows()  # and longer rows: the shortest that costs as much counts
+        table["rows"] += table_of(("11", EQUAL, runs(30.0, epochs=11)), ("20", EQUAL, runs(50.0, epochs=20)))["rows"]
+        [rows] = tables_in(table_text(table))
+        assert (rows["part"]["over equal cost"], rows["TAR"]["over equal cost"]) == ("+3.0", "+3.0 ± 1.4")
+
+    def test_seeds_are_compared_with_themselves(self):
+        table = self.five_rows()
+        table["rows"][2]["runs"][0] |= {"AP50": None, "AP": None}  # nothing could be measured
+        text = table_text(table)
+        [rows] = tables_in(text)
+        assert (rows["TAR"]["AP"], rows["TAR"]["gain"]) == ("-", "+13.0") and "+13.0 AP, +19.5 AP50." in text
+        del table["rows"][2]["runs"][0]  # TAR has its second seed only
+        text = table_text(table)
+        [rows] = tables_in(text)
+        assert (rows["TAR"]["over equal cost"], rows["TAR"]["gain"]) == ("+2.0", "+13.0")
+        assert "passes its teacher: 44.0 AP against 39.0." in text and "of up to 2 seeds" in text
+        del table["rows"][3]["runs"][1]  # the teacher its first
+        text = table_text(table)
+        assert "The student" not in text and "Over the plain student of the same epochs: +13.0 AP, +19.5 AP50." in text
+
+    @pytest.mark.parametrize(("ap", "says"), [(45.0, "equals"), (44.9, "does not pass"), (45.1, "passes")])
+    def test_the_verdict(self, ap, says):
+        assert verdict([run(0, ap)], [run(0, 45.0)], "coco", "t") == f"The student {says} its t: {ap} AP against 45.0."
+
+    def test_each_class_of_each_row_and_what_the_method_gains_there(self):
+        table = self.five_rows(dataset="voc")
+        del table["rows"][3]["runs"][1]  # the teacher has its first seed only
+        of_rows = [of_row for row in table["rows"] for of_row in row["runs"]]
+        for of_row, ap in zip(of_rows, (10.0, 12.0, 11.0, 11.0, 20.0, 26.0, 19.0, 15.0, 15.0), strict=True):
+            of_row["per_class"]["cat"] = {"AP": ap, "AP50": 2 * ap, "voc07": 3 * ap}
+        for of_row, ap in zip(of_rows, (None, None, 5.0, 5.0, 7.0, 8.0, 9.0, 7.5, 7.5), strict=True):
+            of_row["per_class"]["cow"] = dict.fromkeys(("AP", "AP50", "voc07"), ap)  # None: no ground truth, say
+        text = classes_text(table)
+        assert text.count(" of each class:") == 3 and "VOC07 AP of each class:" in text
+        by_ap, *others = ([list(row.values()) for row in rows.values()] for rows in tables_in(text))
+        gains = ["+1.0", "+12.0 ± 2.8", "+8.0 ± 4.2"]  # over the teacher, plain, equal cost
+        assert by_ap[0] == ["cat", "11.0 ± 1.4", "11.0 ± 0.0", "23.0 ± 4.2", "19.0", "15.0 ± 0.0", *gains]
+        assert by_ap[1] == ["cow", "-", "5.0 ± 0.0", "7.5 ± 0.7", "9.0", "7.5 ± 0.0", "-2.0", "-", "+0.0 ± 0.7"]
+        assert [rows[0][7] for rows in others] == ["+24.0 ± 5.7", "+36.0 ± 8.5"]
+
+    def test_curves_and_gates(self):
+        table = self.five_rows()
+        for seed, ap, gate in ((0, 10.0, 50.0), (1, 13.0, 60.0)):
+            curve = [[4, {"AP": ap, "voc07": 1.0}], [8, {"AP": ap + 20, "voc07": 2.0}]]
+            table["rows"][0]["runs"][seed]["curve"] = curve
+            table["rows"][2]["runs"][seed] |= {"curve": [[8, {"AP": ap}]], "gate": [gate, gate + 30, None, None]}
+        text = table_text(table)
+        _, curves, gates = tables_in(text)
+        assert "\nAP after so many epochs" in text and "regression gate" in text
+        assert list(curves["student"].values()) == ["student", "11.5 ± 2.1", "31.5 ± 2.1"]
+        assert list(curves["TAR"].values()) == ["TAR", "-", "11.5 ± 2.1"] and list(curves["TAR"]) == ["run", "4", "8"]
+        assert list(gates["TAR"].values()) == ["TAR", "55.0 ± 7.1", "85.0 ± 7.1", "-", "-"] and len(gates) == 1
+        assert tables_in(table_text({**table, "dataset": "voc"}))[1]["student"]["4"] == "1.0 ± 0.0"
+        del table["rows"][0]
+        assert "after so many epochs" not in table_text(table)  # one evaluation is no curve
+
+
+def test_a_gate_by_quarter_of_the_run():
+    # a line of the log lies where its steps begin, and weighs as many steps as it is the mean of
+    steps = [{"step": 3, "gate_open": 0.5}, {"step": 4, "gate_open": 0.9}, {"step": 12, "gate_open": 0.7}, {"step": 16}]
+    assert gate_by_quarter([*steps, {"step": 16, "metrics": {}}]) == [pytest.approx(60), pytest.approx(70), None, None]
+    assert gate_by_quarter([{"step": 8}]) is None
+
+
+class TestRunTable:
+    def run(self, folder, words, figures=None, images=400):
+        """run_table() without training: what is said, the runs in their order as (title, flags), and the table."""
+        args = parsed(words)
+        args.output = folder
+        process, said, runs = Process(0, 1, torch.device("cpu"), "none"), [], []
+        process.say = said.append
+
+        def trained(flags, process, parent, name, title):
+            runs.append((title, flags))
+            result = run(0, (figures or {}).get(title.split(",")[0], 40.0), test_images=images, epochs=flags.epochs)
+            result |= {"cost": 1.25 + len(flags.teacher) / 10 if flags.teacher else 1.0, "environment": {"device": ""}}
+            output = parent / (name or f"run{len(runs)}")
+            output.mkdir(parents=True)
+            (output / "log.jsonl").write_text('{"step": 8, "epoch": 8, "metrics": {"AP": 40.0, "AP_small": 1.0}}\n')
+            return {"a teacher's title": {}, title: result}, output
+
+        run_table(args, process, trained)
+        file = folder / f"table-{args.table}-{args.dataset}-{args.detector}.json"
+        return "\n".join(said), runs, read_table(file)
+
+    def test_rows_run_in_turn_and_equal_cost_is_as_long_as_the_method_costs(self, tmp_path):
+        said, runs, table = self.run(tmp_path, "--table claim --seeds 2 --epochs 6", {"TAR": 50.0, "teacher": 45.0})
+        rows = ["student, no distillation", "TAR", "teacher", "student, equal cost"]
+        assert [title for title, _ in runs] == [f"{row}, seed {seed}" for row in rows for seed in (0, 1)]
+        flags = dict(runs)
+        assert [flags[f"{row}, seed 1"].epochs for row in rows] == [6, 6, 7, 10]  # 5/4 of 6; 6 * 1.55
+        assert flags["TAR, seed 0"].teacher_epochs == 7 and flags["TAR, seed 1"].seed == 1
+        assert "costs 1.55 plain trainings: 10 epochs for 6" in said
+        assert [[of_row["seed"] for of_row in row["runs"]] for row in table["rows"]] == [[0, 1]] * 4
+        assert table["rows"][1]["runs"][1]["curve"] == [[8, {"AP": 40.0}]] and not table["papers"]
+        assert json.loads(json_of(table)) == table and table_text(table) in said
+
+    def test_the_papers_figures_are_shown_for_its_setting_only(self, tmp_path):
+        for images, more, papers in ((4952, "", True), (400, "", False), (4952, "--student r18", False)):
+            table = self.run(tmp_path / f"{images}{more}", f"--table voc {more}", images=images)[2]
+            assert table["papers"] is papers
+
+    def test_rows_with_teachers_of_their_own(self, tmp_path):
+        said, runs, _ = self.run(tmp_path, "--table teachers --epochs 10", {"TAR from r50": 41.0})
+        assert said.count("The student") == 4 and "passes its teacher r50: 41.0 AP against 40.0" in said
+        assert "The distillation (TAR from r101) costs 1.65 plain trainings: 17 epochs for 10." in said
+        assert [flags.teacher for _, flags in runs if flags.teacher] == ["r18", "r34", "r50", "r101"]
+        with pytest.raises(UserError, match="--table teachers: its rows name their teachers"):
+            self.run(tmp_path, "--table teachers --teacher r34")
+
+
+@beside
+def killed_table(folder):
+    """A table killed after its first run, and finished: its file, the runs then and now, and what was printed."""
+
+    def begun():
+        words = [sys.executable, "train.py", *SMALL, "--table", "claim", "--epochs", 1, "--output", folder]
+        return subprocess.Popen([*map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def results():
+        return {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
+
+    running, limit = begun(), time.monotonic() + 120
+    while not results() and running.poll() is None and time.monotonic() < limit:
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    before, running = results(), begun()
+    out, error = running.communicate(timeout=150)
+    assert running.returncode == 0, error
+    return Namespace(file=folder / "table-claim-shapes-faster-rcnn.json", before=before, after=results(), out=out)
+
+
+def test_a_killed_table_is_finished_by_the_same_command(killed_table, capsys):
+    before, results, folder = killed_table.before, killed_table.after, killed_table.file.parent
+    assert 1 <= len(before) < 3 and before.items() <= results.items()  # what was done is kept
+    rows = {row["kind"]: row["runs"] for row in read_table(killed_table.file)["rows"]}
+    for [of_row] in rows.values():
+        result = json.loads((folder / of_row["folder"] / "result.json").read_text())
+        assert all(of_row[name] == result[name] for name in ("AP", "AP50", "AP75", "cost", "epochs", "seconds"))
+    assert len(rows) == 4 and len(results) in (3, 4)  # the run of equal cost may be the plain one
+    assert rows[EQUAL][0]["epochs"] == max(1, -int(-rows[DISTILLED][0]["cost"] // 1)) and rows[PLAIN][0]["cost"] == 1
+    call(evaluation.main, "--table", "claim", "--results", folder)
+    assert capsys.readouterr().out.strip() in killed_table.out
+
+
+def test_a_tables_file_says_all_at_another_place(killed_table, tmp_path, capsys):
+    (tmp_path / "a.json").write_bytes(killed_table.file.read_bytes())
+    call(evaluation.main, "--table", tmp_path / "a.json", "--per-class", "--output", tmp_path / "curves")
+    text, picture = capsys.readouterr().out.strip().rsplit("\n", 1)
+    assert text.split("\nAP of each class")[0].strip() in killed_table.out
+    [of_row] = read_table(killed_table.file)["rows"][0]["runs"]
+    shown = {name: row["student, no distillation"] for name, row in tables_in(text)[-2].items()}
+    assert shown == {name: f"{figures['AP']:.1f}" for name, figures in of_row["per_class"].items()}
+    svg = (tmp_path / "curves/a.svg").read_text()
+    assert picture == str(tmp_path / "curves/a.svg") and svg.count("<polyline") == svg.count("<polygon") == 4
+
+
+def test_mistakes_are_said_in_a_line(tmp_path, capsys):
+    empty = tmp_path / "empty.json"
+    empty.write_text(json_of(table_of(("teacher", TEACHER, []))))
+    call(evaluation.main, "--table", empty, "--per-class")
+    assert "no run has ended: no figures by class" in capsys.readouterr().out
+    (tmp_path / "other.json").write_text("{}")
+    for words, said in (
+        (["--table", empty, "--output", tmp_path / "curves"], "no run of it has been evaluated yet"),
+        (["--table", tmp_path / "other.json"], "other.json: not a table"),
+        (["--table", "voc", "--results", tmp_path], "no table-voc-*.json"),
+        (["--weights", tmp_path / "last.pth", "--per-class"], "--per-class needs --table"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            call(evaluation.main, *words)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and said in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "curves").exists()
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """`eval.py --table ... | head`: the end that is read is closed before the table is printed."""
+    words = [sys.executable, ROOT / "eval.py", "--table", KEPT[0]]
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running.stdout.close()
+    assert (running.stderr.read(), running.wait()) == (b"", 128 + signal.SIGPIPE)
+
+
+@pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)
+def test_a_kept_table_prints_and_its_commands_are_understood(file):
+    table = read_table(file)
+    shown = tables_in(table_text(table))[0]
+    for row in table["rows"]:
+        assert [run["seed"] for run in row["runs"]] == ([0] if file.stem == "demo" else [0, 1, 2])
+        assert shown[row["title"]]["AP"].startswith(f"{fmean(run['AP'] for run in row['runs']):.1f}")
+        if "49cae99" not in table.get("note", ""):  # of code whose flags are gone
+            args = options.parse(shlex.split(row["command"])[2:])
+            assert args.epochs == row["runs"][0]["epochs"]
+            assert sorted(command_of(args).split()) == sorted(row["command"].split())  # no word of it is a default
+    assert tables_in(classes_text(table))

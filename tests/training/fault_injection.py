@@ -1,0 +1,160 @@
+"""Kills trainings at random points, lets the same command finish them, and compares the weights with an unbroken run.
+
+    python tests/training/fault_injection.py [--kills 20] [--seed 0] [--processes 1]
+
+A point is a step, a byte of a checkpoint that is being written, or the moment between the renaming of the old and of
+the new checkpoint. Two and more processes run under torchrun --max-restarts, which starts them again itself.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, SAVES = 12, 7  # 3 epochs of 4 batches; a checkpoint after three and four of them, and with the figures
+FLAGS = """
+    --dataset shapes --size 64 64 --fpn-channels 16 --head-channels 32 --rois 16 --rpn-top-n 50 20 --epochs 3
+    --batch-size 2 --limit-train 8 --limit-test 2 --eval-every 3 --save-every 3 --log-every 2 --warmup 1 --amp none
+    --device cpu --threads 1 --workers 0
+    """
+COMMON = FLAGS.split()
+# Runs train.py and dies of SIGKILL at a point: "step 7", "write 3 0.4" (inside the third checkpoint, after 40% of its
+# bytes) or "rename 2" (before the second new checkpoint gets its name). The point's file is there until the kill.
+PROGRAM = """
+import io, os, signal, sys
+from pathlib import Path
+import torch
+import train
+from tar.training.guard import Guard
+
+point = Path(sys.argv[1])
+kind, number, share = point.read_text().split() if point.exists() else ("none", "0", "0")
+seen = 0
+
+def reached(what):
+    global seen
+    if kind != what or os.environ.get("RANK", "0") != "0":
+        return False
+    seen += 1
+    return seen == int(number)
+
+def die():
+    point.unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+step, save, replace = Guard.step, torch.save, os.replace
+
+def dying_step(*args):
+    done = step(*args)
+    if reached("step"):
+        die()
+    return done
+
+def dying_save(state, file):
+    if reached("write"):
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: int(len(whole.getvalue()) * float(share))])
+        file.flush()
+        die()
+    save(state, file)
+
+def dying_replace(old, new):
+    if str(new).endswith("last.pth") and reached("rename"):
+        die()
+    replace(old, new)
+
+Guard.step, torch.save, os.replace = dying_step, dying_save, dying_replace
+train.main(sys.argv[2:])
+"""
+
+
+def points(count, seed):
+    """Random points of all three kinds."""
+    rng = random.Random(seed)
+    kinds = [("step", "write", "step", "rename")[i % 4] for i in range(count)]
+    return [f"{k} {rng.randint(1, STEPS if k == 'step' else SAVES)} {rng.uniform(0.01, 0.99):.2f}" for k in kinds]
+
+
+def start(folder, flags, point, processes):
+    """One start of the command; the finished process."""
+    program = folder.parent / "program.py"
+    program.write_text(PROGRAM)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--max-restarts=2", "--standalone"]
+    words = [*python, program, point, *flags, "--output", folder]
+    return subprocess.run(map(str, words), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def weights(folder):
+    """Everything that was trained, and the optimizer's state."""
+    saved = torch.load(folder / "last.pth", weights_only=True)
+    optimizer = {f"{k} {n}": v for k, row in saved["optimizer"]["state"].items() for n, v in row.items()}
+    return {**saved["model"], **{f"adapter {k}": v for k, v in saved["adapters"].items()}, **optimizer}
+
+
+def same(one, other):
+    """Whether two sets of weights are equal bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def inject(parent, flags, chosen, processes=1, say=print, unbroken=None):
+    """Kills a run at each of some points.
+
+    Args:
+        parent: an empty folder.
+        flags: of train.py.
+        chosen: points, see PROGRAM.
+        unbroken: folder of a run that was not killed; None: done here.
+
+    Returns:
+        (point, starts of the command that it took, whether it ended equal to the unbroken run) for each.
+    """
+    rows = []
+    if unbroken is None:
+        unbroken = parent / "unbroken"
+        done = start(unbroken, flags, parent / "never", processes)
+        assert done.returncode == 0, done.stderr
+    for number, what in enumerate(chosen):
+        folder, point = parent / f"run{number}", parent / f"point{number}"
+        point.write_text(what)
+        starts, code = 0, None
+        while code != 0 and starts < 4:
+            ended = start(folder, flags, point, processes)
+            starts, code = starts + 1, ended.returncode
+            assert code in (0, -9), ended.stderr
+        assert not point.exists(), f"{what}: never reached"
+        equal = code == 0 and same(weights(unbroken), weights(folder))
+        rows.append((what, starts, equal))
+        say(f"{what:16} {starts} starts  {'equal' if equal else 'DIFFERENT'}")
+    return rows
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--kills", type=int, default=20)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--processes", type=int, default=1)
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        teacher = Path(place) / "teacher"
+        words = [sys.executable, "train.py", *COMMON, "--student", "r18", "--output", teacher]
+        subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+        flags = [*COMMON, "--limit-train", 8 * args.processes]  # as many steps as one process does
+        flags += ["--student", "r10", "--teacher", "r18", "--teacher-weights", teacher / "last.pth"]
+        rows = inject(Path(place), flags, points(args.kills, args.seed), args.processes)
+    equal = sum(row[2] for row in rows)
+    print(f"{equal} of {len(rows)} runs ended with the weights of the unbroken run")
+    sys.exit(0 if equal == len(rows) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Steps whose loss or gradient is not finite: they are skipped and counted, and a row of them ends the run."""
+
+import io
+import re
+from argparse import Namespace
+from contextlib import redirect_stderr
+
+import pytest
+import torch
+from small_detectors import batch, make_step, pair
+from tiny_runs import STEPS, call, read_log, same_weights, weights_of
+from torch import nn
+
+import train
+from tar.training import checkpoint
+from tar.training.guard import Guard, gradient_norms
+from tar.training.process import Process
+
+CPU = torch.device("cpu")
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+
+
+def guarded(optimizer, **scale):
+    """A small net, its optimizer and its guard; scale is the fp16 scaler's where there is one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 1))
+    optimizer = optimizer(net.parameters(), 0.1, fused=True, **({"momentum": 0.9} if optimizer is SGD else {}))
+    return net, optimizer, Guard(net, optimizer, torch.amp.GradScaler("cpu", enabled=bool(scale), **scale), CPU)
+
+
+def values_of(net):
+    return {name: v.clone() for name, v in net.state_dict().items() if "num_batches" not in name}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def trained_on(optimizer, inputs):
+    """Weights, statistics and optimizer state after a guarded step for each input; the guard."""
+    net, optimizer, guard = guarded(optimizer)
+    for x in inputs:
+        optimizer.zero_grad()
+        loss = net(x).square().sum()
+        loss.backward()
+        guard.step(loss)
+    inner = {f"{i} {name}": v for i, row in enumerate(optimizer.state.values()) for name, v in row.items()}
+    return {**values_of(net), **inner}, guard
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_a_step_that_is_not_finite_leaves_no_trace(optimizer, where):
+    random = torch.Generator().manual_seed(1)
+    good = [torch.randn(4, 1, 4, 4, generator=random) for _ in range(3)]
+    bad = torch.full((4, 1, 4, 4), float("nan"))
+    clean, _ = trained_on(optimizer, good)
+    mixed, guard = trained_on(optimizer, [*good[:where], bad, bad, *good[where:]])
+    assert equal(mixed, clean)
+    assert guard.total == 2 and guard.streak == (2 if where == 3 else 0)
+
+
+@pytest.mark.parametrize("scale", [{}, {"init_scale": 2.0}], ids=["float32", "fp16"])
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
+def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is(optimizer, scale):
+    net, _, guard = guarded(optimizer, **scale)
+    before = values_of(net)
+    loss = nn.functional.smooth_l1_loss(net(torch.ones(4, 1, 4, 4)), torch.full((4, 1), float("inf")))
+    assert torch.isinf(loss)
+    guard.scaler.scale(guard.poisoned(loss)).backward()
+    assert guard.step(loss)[0] and guard.total == 1
+    assert equal(values_of(net), before)
+
+
+def test_an_overflow_of_fp16_counts_only_where_the_scale_can_fall_no_further():
+    net, _, guard = guarded(SGD, init_scale=4.0)
+    bad = []
+    for _ in range(4):
+        for p in net.parameters():
+            p.grad = torch.full_like(p, float("inf"))
+        guard.scaler.scale(torch.ones(()))  # as a step does
+        bad.append(bool(guard.step(torch.tensor(1.0))[0]))
+    assert bad == [False, False, True, True]  # at scales 4, 2, 1, 0.5
+
+
+def test_a_gradient_is_clipped_to_its_norm():
+    net, _, guard = guarded(SGD)
+    before = [p.detach().clone() for p in net.parameters()]
+    loss = 100 * net(torch.ones(4, 1, 4, 4)).sum()
+    loss.backward()
+    guard.step(loss, clip_grad=0.5)
+    moved = sum((p - q).square().sum() for p, q in zip(net.parameters(), before, strict=True)).sqrt()
+    assert moved.item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+
+
+def test_gradient_norms_are_those_of_each_weighted_term_alone():
+    student, teacher = pair()
+    step, images = make_step(student, teacher), batch()
+    process, weights = Process(0, 1, CPU, "none"), {"distill_backbone": 2.0, "distill_reg": 0.5}
+    torch.manual_seed(3)
+    norms = gradient_norms(step, images, teacher, weights, process)
+    for name in ("loss_classifier", "distill_backbone", "distill_cls", "distill_reg"):
+        step.zero_grad()
+        torch.manual_seed(3)
+        detection, distillation, _ = step(*images, teacher)
+        (weights.get(name, 1.0) * {**detection, **distillation}[name]).backward()
+        total = sum(p.grad.double().square().sum() for p in step.parameters() if p.grad is not None).sqrt().item()
+        assert norms[name] == pytest.approx(total, rel=1e-4) and total > 0
+
+
+# Whole runs
+
+
+def call_with_infinite_steps(numbers, *flags):
+    """Trains with one loss term infinite at some steps, counted from 1."""
+    original, seen = train.DistillationStep.forward, []
+
+    def forward(self, *args):
+        detection, *rest = original(self, *args)
+        seen.append(1)
+        if len(seen) in numbers:
+            detection["loss_box_reg"] = detection["loss_box_reg"] * float("inf")
+        return detection, *rest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.DistillationStep, "forward", forward)
+        call(train.main, *flags)
+
+
+def is_finite(run):
+    return all(torch.isfinite(v).all() for v in weights_of(run).values() if v.is_floating_point())
+
+
+def test_a_single_bad_step_is_skipped_and_counted(plain, tmp_path):
+    call_with_infinite_steps({2}, *plain.flags, "--output", tmp_path / "run")
+    assert [line["bad_steps"] for line in read_log(tmp_path / "run")[0]] == [0, 1, 1, 1, 1, 1]
+    assert is_finite(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def diverged(voc, tmp_path_factory):
+    """A distilled student whose first two steps of the second epoch were not finite, and what the run said."""
+    run = tmp_path_factory.mktemp("diverged") / "run"
+    flags = [*voc.flags, "--teacher-weights", voc.teacher / "last.pth", "--max-bad-steps", 2, "--output", run]
+    with pytest.raises(SystemExit) as ended, redirect_stderr(io.StringIO()) as errors:
+        call_with_infinite_steps({4, 5}, *flags)
+    return Namespace(flags=flags, run=run, code=ended.value.code, error=errors.getvalue())
+
+
+def test_bad_steps_in_a_row_end_the_run_in_a_line_that_names_the_term_and_the_images(diverged):
+    [line] = diverged.error.strip().splitlines()
+    assert diverged.code == 3
+    assert "step 5" in line and "loss_box_reg" in line and "--lr" in line and ".jpg" in line
+
+
+def test_the_last_finite_step_is_told_term_by_term(diverged):
+    logged = read_log(diverged.run)[0][2]
+    told = diverged.error.split("the last finite step was 3,")[1]
+    found = {name: (float(a), float(b)) for name, a, b in re.findall(r"(\w+) ([\d.e+-]+) \(([\d.e+-]+)\)", told)}
+    assert found.keys() == {name for name in logged if name.startswith(("loss_", "distill_"))}
+    for name, (value, norm) in found.items():
+        assert value == pytest.approx(logged[name], rel=6e-3, abs=1e-4) and norm > 0
+
+
+def test_a_run_that_bad_steps_ended_goes_on_from_a_finite_checkpoint(diverged, voc):
+    saved = checkpoint.load(diverged.run / "last.pth")
+    assert (saved["epoch"], saved["batch"]) == (1, 0) and is_finite(diverged.run)
+    call(train.main, *diverged.flags)
+    assert len(read_log(diverged.run)[0]) == STEPS and same_weights(diverged.run, voc.run)

@@ -1,0 +1,102 @@
+"""A user's mistakes on the command line: one line that says what is wrong, exit code 2, nothing lost, nothing run.
+
+The corpus of bad input (tests/data/bad_input.py) has those of train.py's data, checkpoints and folders.
+"""
+
+import pytest
+import torch
+from tiny_runs import SMALL, call, write_voc
+
+import eval as evaluation
+import train
+from tar.training import flags as options
+from tar.training.process import set_up
+
+
+def wrong(capsys, main, *flags, code=2):
+    """The one line that a wrong command prints."""
+    with pytest.raises(SystemExit) as stopped:
+        call(main, *flags)
+    assert stopped.value.code == code
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if "error:" in line]
+    assert len(errors) == 1 and errors[0] == lines[-1]
+    assert not any("Traceback" in line for line in lines)
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--mask blob", "--mask"),
+        ("--reg-gate maybe", "--reg-gate"),
+        ("--decay never", "--decay"),
+        ("--size 64", "--size"),
+        ("--dataset voc", "--student"),
+        ("--check-data", "shapes are drawn"),
+        ("--teacher r18", "--student"),
+        ("--student r10 --teacher-weights x.pth", "--teacher"),
+    ],
+)
+def test_wrong_flags(capsys, flags, says):
+    assert says in wrong(capsys, options.parse, *flags.split())
+
+
+def test_a_missing_or_cut_checkpoint_to_evaluate(capsys, plain, tmp_path):
+    assert "no such checkpoint" in wrong(capsys, evaluation.main, "--weights", tmp_path / "none.pth")
+    (tmp_path / "last.pth").write_bytes((plain.run / "last.pth").read_bytes()[:5000])
+    assert str(tmp_path / "last.pth") in wrong(capsys, evaluation.main, "--weights", tmp_path / "last.pth")
+
+
+def test_a_run_folder_of_other_settings(capsys, plain):
+    line = wrong(capsys, train.main, *plain.flags, "--lr", 0.5)
+    assert str(plain.run) in line and "0.004" in line and "0.5" in line and "--output" in line
+
+
+def test_evaluation_on_data_of_other_classes(capsys, voc, tmp_path):
+    other = write_voc(tmp_path / "other", ("ball", "box"), {"trainval": 1, "test": 1})
+    line = wrong(capsys, evaluation.main, "--weights", voc.run / "last.pth", "--data-path", other)
+    assert "disc" in line and "ball" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(capsys, tmp_path):
+    flags = ["--student", "r10", "--optimizer", "sgd", "--lr", "2e9", "--output", tmp_path / "run"]
+    line = wrong(capsys, train.main, *SMALL, *flags, code=3)
+    assert "not finite" in line and "--lr" in line
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_a_gpu_that_is_not_there(capsys, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this process has CUDA")
+    flags = ["--student", "r10", "--device", "cuda", "--output", tmp_path / "run"]
+    assert "cuda" in wrong(capsys, train.main, *SMALL, *flags)
+
+
+def test_figures_into_a_folder_that_is_not_there(capsys, plain, tmp_path):
+    flags = ["--weights", plain.run / "last.pth", "--workers", 0, "--json", tmp_path / "none/figures.json"]
+    assert str(tmp_path / "none") in wrong(capsys, evaluation.main, *flags)
+
+
+def test_a_wrong_flag_does_not_occupy_the_run_folder(capsys, tmp_path):
+    flags = [*SMALL, "--epochs", 1, "--limit-train", 4, "--student", "r10", "--output", tmp_path / "run"]
+    wrong(capsys, train.main, *flags, "--backbone-weights", tmp_path / "none.pth")
+    call(train.main, *flags)
+    assert (tmp_path / "run/result.json").is_file()
+
+
+def test_compiling_without_a_compiler(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    line = wrong(capsys, train.main, *SMALL, "--student", "r10", "--compile", "--output", tmp_path / "run")
+    assert "--compile" in line and "g++" in line
+
+
+def test_a_single_gpu_is_chosen_without_an_index(monkeypatch):
+    chosen = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    for device in ("cuda", "auto"):
+        process = set_up(device, "none")
+        assert process.device.type == "cuda" and (process.rank, process.world) == (0, 1)
+    assert set(chosen) <= {0}
