@@ -35,9 +35,9 @@ from tar.training.run import Run
 from tar.training.run_folder import (
     begin_run,
     changed,
-    find_run,
+    checkpoint_to_resume,
+    finished_result,
     read_json,
-    read_run,
     run_name,
     settings_of,
     teacher_of,
@@ -137,7 +137,7 @@ def train(args, data, process, title):
         dict: what result.json holds.
     """
     output, settings = Path(args.output), settings_of(args, process)
-    result = process.in_turn(find_run, output, settings)
+    result = process.in_turn(finished_result, output, settings)
     if result:
         process.say(f"{title}: {output} has ended, AP {cell(result['AP'])}")
         return process.shared(result)
@@ -157,7 +157,7 @@ def train(args, data, process, title):
 
 def prepare(args, data, process, title, output, settings):
     """Builds a run's student, teacher and optimizer, puts back what an earlier process saved, and opens its folder."""
-    train_set, saved = data[0], process.in_turn(read_run, output, settings, process.say)
+    train_set, saved = data[0], process.in_turn(checkpoint_to_resume, output, settings, process.say)
     student, teacher, build = make_models(args, data, process, saved)
     distillation = flags.distillation_settings(args) if teacher else None
     module = DistillationStep(student, distillation, teacher.backbone.out_channels if teacher else None)

@@ -21,7 +21,7 @@ from tar.detectors.build import DETECTORS
 from tar.evaluation.markdown import markdown
 from tar.training import checkpoint
 from tar.training.parser import Parser, count, positive
-from tar.training.process import set_up
+from tar.training.process import TYPES, set_up
 
 PARTS = ("steps", "flops", "memory")
 RATIOS = [(TAR, STOCK), (PLAIN, STOCK), (TAR, PLAIN), (TAR, FLOOR)]
@@ -71,6 +71,7 @@ def run(args, process):
         figures |= steps(args, process, rows)
     if "flops" in args.parts:
         figures["flops"] = flops(args, rows)
+        figures |= shares_of_peak(figures["flops"], figures, process) if "steps" in args.parts else {}
     if "memory" in args.parts:
         figures["memory"] = memory(args, process, rows)
     print("\n" + rows_table(rows, figures))
@@ -120,6 +121,21 @@ def flops(args, rows):
     return counted
 
 
+def shares_of_peak(counted, figures, process):
+    """What part of the speed of a large matrix product of its type each kind of step reaches: {row: 0 to 1}.
+
+    On a GPU float32 is multiplied as TF32 there, as convolutions are.
+    """
+    n, peak, shares = 8192 if process.device.type == "cuda" else 2048, {}, {}
+    for name, times in figures["steps"].items():
+        kind = "none" if name in (STOCK, "naive") else process.amp
+        if kind not in peak:
+            a = torch.randn(n, n, device=process.device, dtype=TYPES.get(kind, torch.float32))
+            peak[kind] = 2 * n**3 / min(timed(process, lambda a=a: a @ a) for _ in range(7))
+        shares[name] = counted[name] / (median(times) / 1000) / peak[kind]
+    return {"peak": peak, "of_peak": shares}
+
+
 def memory(args, process, rows):
     """Peak memory of each kind of step, GiB: allocated on the GPU; on a CPU that of a process with this step alone."""
     peaks = {}
@@ -145,6 +161,8 @@ def rows_table(rows, figures):
             line["of stock"] = ratio and f"{ratio['median']:.2f}"
         if "flops" in figures:
             line["GFLOP an image"] = f"{figures['flops'][name] / 1e9:.0f}"
+        if "of_peak" in figures:
+            line["of peak"] = f"{100 * figures['of_peak'][name]:.0f}%"
         if "memory" in figures:
             line["peak memory, GiB"] = f"{figures['memory'][name]:.2f}"
         lines.append(line)

@@ -190,7 +190,7 @@ def backbone_loss(student, teacher, masks, normalizer):
             the cells under the mask.
         teacher: the same of the teacher.
         masks: list of L tensors [B, H_l, W_l], or [n_l].
-        normalizer: Z of backbone_normalizer() over all images, a scalar tensor; 0 without boxes: the loss is 0 then.
+        normalizer: Z, total_per_process() of backbone_normalizer(), a scalar tensor; 0 without boxes: the loss is 0.
     """
     total = sum((m * (s - t).square().sum(1)).sum() for s, t, m in zip(student, teacher, masks, strict=True))
     return total / (2 * normalizer.clamp(min=1e-6))

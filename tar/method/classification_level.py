@@ -17,7 +17,7 @@ def classification_loss(student_logits, teacher_logits, count, region_weights=No
     Args:
         student_logits, teacher_logits: [R, classes + 1], a row a region; R may be 0. RetinaNet's first column, which
             torchvision keeps for the background and no region is positive for, is left out.
-        count: K, the number of regions over all processes, a scalar tensor.
+        count: K of total_per_process(): all processes' regions, divided by the number of processes; a scalar tensor.
         region_weights: bool or float [R], what the gate makes of each region; None for 1.
         sigmoid: RetinaNet's form.
 

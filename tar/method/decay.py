@@ -1,4 +1,4 @@
-"""The weight of the distillation, lambda(t): it falls while the training goes on (METHOD: distillation decay)."""
+"""The weight of the distillation, lambda(t): it falls while the training goes on."""
 
 import math
 

@@ -13,7 +13,8 @@ def regression_loss(student_deltas, teacher_deltas, gate, count):
     Args:
         student_deltas, teacher_deltas: [P, 4], those of the true class; P may be 0.
         gate: v, bool [P].
-        count: K, the number of positive regions over all processes, a scalar tensor; closed gates count too.
+        count: K of total_per_process(): all processes' positive regions, closed gates too, divided by the number of
+            processes; a scalar tensor.
 
     Returns:
         scalar tensor, this process's sum divided by K.

@@ -1,4 +1,4 @@
-"""The flags of train.py, and the recipe of each data set that fills in what no flag says."""
+"""The flags of train.py, filled in from the data set's recipe and checked against each other."""
 
 import argparse
 from functools import cache, partial

@@ -51,8 +51,8 @@ def run_name(args, process):
     return f"{data}-{args.detector}-{model}-{args.epochs}e-seed{args.seed}-{digest}"
 
 
-def find_run(output, settings):
-    """Looks whether a run is there already; writes nothing.
+def finished_result(output, settings):
+    """The result of a run that has ended; writes nothing.
 
     Args:
         output: the folder.
@@ -77,7 +77,7 @@ def find_run(output, settings):
     return read_json(output / "result.json") if (output / "result.json").is_file() else None
 
 
-def read_run(output, settings, say):
+def checkpoint_to_resume(output, settings, say):
     """The checkpoint that a run goes on from; None for a new run."""
     saved = checkpoint.load_latest(output, say)
     if saved and saved["settings"] != settings:

@@ -10,8 +10,8 @@ import torch
 class RunState:
     """A run's position, time and unlogged terms."""
 
-    epoch: int = 0  # epochs done
-    batch: int = 0  # batches of the next epoch that are done
+    epoch: int = 0  # the epoch, from 0, that the run is in
+    batch: int = 0  # its batches that are done
     seconds: float = 0.0  # spent in steps; waiting for the loader is left out, for the runs of a table wait unequally
     metrics: dict = field(default_factory=dict)  # of the last evaluation
     sums: dict = field(default_factory=dict)  # {term: sum since the last log line}
