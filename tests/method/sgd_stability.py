@@ -189,18 +189,8 @@ def report(runs):
         if not bad and clipped >= 1 / 3:
             wrong.append(f"{name_of(*setting)}: clipped")
         rows.append(row + ["-"] * (11 - len(row)))
-    figures = ["bad", "loss", "clipped"]
-    header = [
-        "detector",
-        "lr",
-        "scale",
-        "seed",
-        "plain: " + figures[0],
-        *figures[1:],
-        "TAR: " + figures[0],
-        *figures[1:],
-    ]
-    print(markdown([*header, "ratio"], rows))
+    header = ["detector", "lr", "scale", "seed", "plain: bad", "loss", "clipped"]
+    print(markdown([*header, "TAR: bad", "its loss", "its clipped", "ratio"], rows))
     print(f"\n{len(rows)} pairs, {len(wrong)} do not hold: {', '.join(wrong) or 'none'}")
 
 
@@ -221,7 +211,8 @@ def main():
         futures = {pool.submit(student_run, s, args.data_path, args.work): s for s in left}
         for future in as_completed(futures):
             runs[name_of(*futures[future])] = future.result()
-            checkpoint.save_json(args.output, runs)
+            lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items())
+            checkpoint.save_text(args.output, "{" + ",\n".join(lines) + "}\n")
             print(name_of(*futures[future]), *summary(future.result()), flush=True)
     return report(runs)
 

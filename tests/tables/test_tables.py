@@ -23,7 +23,7 @@ from tar.tables.run_table import gate_by_quarter, json_of, run_table
 from tar.training import flags as options
 from tar.training.process import Process
 
-KEPT = [file for file in sorted((ROOT / ".results").glob("*.json")) if file.name != "bench.json"]
+KEPT = [file for file in sorted((ROOT / ".results").glob("*.json")) if file.stem not in ("bench", "sgd-stability")]
 
 
 def parsed(words):
