@@ -68,7 +68,7 @@ def parser():
     g.add_argument("--limit-test", type=count, metavar="N", help="test images; 0: all (default: as in training)")
     g.add_argument("--batch-size", type=positive, metavar="N", help="images at a time (default: as in training)")
     g.add_argument("--workers", type=count, default=1, metavar="N", help="loader processes (default: 1)")
-    g = p.add_argument_group("process")
+    g = p.add_argument_group("device")
     g.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), help="precision (default: as in training)")
     g.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
     g.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
@@ -197,7 +197,7 @@ def print_tables(name, folder, output=None, per_class=False):
     files = [Path(name)] if Path(name).is_file() else sorted(folder.glob(f"table-{name}-*.json"))
     files = files or sorted((folder / name).glob(f"table-{name}-*.json"))
     if not files:
-        raise UserError(f"--table {name}: no such file, and no table-{name}-*.json of train.py --table in {folder}")
+        raise UserError(f"--table {name}: no such file, and no table-{name}-*.json in {folder}; train.py makes it")
     for file in files:
         table = read_table(file)
         print(table_text(table) + "\n")

@@ -45,6 +45,7 @@ from tar.training.run_folder import (
 from tar.training.run_state import RunState
 from tar.training.stop_signals import Stopped, StopSignals
 
+SOURCES = {}  # {data set and its flags: (training source, test source)}
 TIMED = 24  # batches on which the cost of a distillation is measured
 
 
@@ -102,17 +103,17 @@ def train_with_teacher(args, process, parent=None, name=None, title=None):
     return results, folder
 
 
-def data_of(args, process, sources={}):  # noqa: B006  (the runs of a table read their data once)
-    """The training and the test source of the flags."""
+def data_of(args, process):
+    """The training and the test source of the flags; the runs of a table read them once."""
     given = {name: getattr(args, name) for name in ("data_path", "limit_train", "limit_test", "split", "keep_empty")}
     given |= {"seed": args.seed if args.dataset == "shapes" else 0, "download": args.download and process.main}
     given |= {"years": args.voc_years, "files": [getattr(args, name) for name in flags.COCO_FILES]}
     key = (args.dataset, repr(given))
-    if key not in sources:
-        sources.clear()
-        sources[key] = process.in_turn(load_dataset, args.dataset, **given)
-        describe(sources[key], process)
-    return sources[key]
+    if key not in SOURCES:
+        SOURCES.clear()
+        SOURCES[key] = process.in_turn(load_dataset, args.dataset, **given)
+        describe(SOURCES[key], process)
+    return SOURCES[key]
 
 
 def check_sources(args, process):
@@ -214,7 +215,6 @@ def train_epoch(run, epoch):
         loss = sum(detection.values())
         if losses:  # L = L_det + lambda(t) * (a L_backbone + b L_cls + g L_reg)
             loss = loss + weight * sum(w * losses[name] for name, w in module.settings.weights().items())
-        run.progress.announce(step)
         run.optimizer.zero_grad()
         run.scaler.scale(guard.poisoned(loss)).backward()
         bad, norm = guard.step(loss, args.clip_grad)
@@ -232,6 +232,7 @@ def train_epoch(run, epoch):
             run.progress.show(epoch + 1, step + 1, means, rate)
         state.seconds += time.perf_counter() - started
         state.batch = i
+        run.progress.announce(i)
         if i % args.save_every == 0 or i == run.steps_per_epoch:
             run.save()
         if process.any(process.signals.received is not None):
@@ -254,7 +255,8 @@ def evaluate_and_save(run, epoch):
 
 def finish(run):
     """Measures what the run cost and how fast its student is, and writes result.json."""
-    args, process, student, cost = run.args, run.process, run.module.student, 1.0  # cost: in plain runs
+    args, process, student = run.args, run.process, run.module.student
+    ms_per_image, cost = latency(student, run.test_set, process.device, process.autocast()), 1.0  # cost: in plain runs
     if run.teacher:
         batches = train_batches(len(run.train_set), args.batch_size, args.seed, 0, **run.order)[:TIMED]
         loader = make_loader(run.train_set, True, batches, args.seed)
@@ -266,7 +268,7 @@ def finish(run):
         **{name: getattr(args, name) for name in ("dataset", "detector", "split", "epochs")},
         **{**images, "seconds": run.state.seconds, "cost": cost},
         "parameters": sum(p.numel() for p in student.parameters()),
-        "ms_per_image": latency(student, run.test_set, process.device, process.autocast()),
+        "ms_per_image": ms_per_image,
         "environment": process.about(),
     }
     process.alone(checkpoint.save_json, run.output / "result.json", result)
@@ -325,7 +327,7 @@ def measure(model, args, test_set, process):
 
 def learning_rate_of(args, process):
     """The learning rate after the warm-up: --lr is that of 16 images a step."""
-    return args.lr * args.batch_size * process.world / 16
+    return args.lr * (args.batch_size * process.world) / 16
 
 
 def norms_of_a_step(run, done):

@@ -30,7 +30,7 @@ class FrozenNorm(FrozenBatchNorm2d):
     """Frozen batch norm in one pass, which keeps the features' type.
 
     Torchvision multiplies by float32 factors, and so turns bf16 features into float32 ones: a ResNet-50 takes 1.16
-    times as long to train that way on a CPU, and a ResNet-101 1.28 times as long to ask.
+    times as long to train that way on a CPU, and a ResNet-101 1.28 times as long to run.
     """
 
     def forward(self, x):

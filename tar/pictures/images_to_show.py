@@ -59,7 +59,11 @@ def image_files(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such image")
-        inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        inside = (
+            sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+            if path.is_dir()
+            else [path]
+        )
         if not inside:
             raise UserError(f"{path}: holds no image ({', '.join(SUFFIXES)})")
         files += inside

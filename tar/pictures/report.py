@@ -46,13 +46,17 @@ def report(runs, process, threshold, given):
     try:
         source = open_test_set(flags_of(runs[0].settings, **given), tuple(runs[0].result["per_class"]))
         sections["Precision and recall"] = recall_chart({r.name: recall_of(r, source, process) for r in runs})
-        for run in runs:
+    except UserError as error:
+        source = None
+        sections["Detections"] = note(error)
+    for run in runs if source else []:
+        try:
             models = StudentAndTeacher(run.weights, process, given.get("teacher_weights"))
             images = [load_test_image(source, index) for index in range(min(PANELS, len(source)))]
             panels = [png(models.panel(*image, threshold, name), f"{run.name}: {name}") for name, *image in images]
             sections[f"Pictures of {run.name}"] = "".join(panels)
-    except UserError as error:
-        sections["Detections"] = f'<p class="note">Left out: {html.escape(str(error))}</p>'
+        except UserError as error:
+            sections[f"Pictures of {run.name}"] = note(error)
     sections["Settings"] = settings_table(runs)
     commands = ""
     for run in runs:
@@ -92,8 +96,16 @@ def settings_table(runs):
     """Settings and environment."""
     each = [{**run.settings, **run.result.get("environment", {})} for run in runs]
     names = {name: None for settings in each for name in settings}  # in order
-    rows = [[name, *(str(settings.get(name, "-")).strip("[]") for settings in each)] for name in names]
+    rows = [[name, *(_word(settings.get(name)) for settings in each)] for name in names]
     return table(["setting", *(run.name for run in runs)], rows)
+
+
+def note(error):
+    return f'<p class="note">Left out: {html.escape(str(error))}</p>'
+
+
+def _word(value):
+    return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def table(header, rows):

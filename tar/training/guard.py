@@ -119,7 +119,9 @@ def _sizes(done, measure, process):
     """The terms of a step in words, each with the norm of its weighted gradient."""
     norms = measure(done)
     means = {
-        name: process.average(value.detach().float()).item() for name, value in done.terms.items() if name in norms
+        name: process.average(value.detach().clone().float()).item()
+        for name, value in done.terms.items()
+        if name in norms
     }
     each = ", ".join(f"{name} {means[name]:.3g} ({norm:.3g})" for name, norm in norms.items())
     return (

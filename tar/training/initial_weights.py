@@ -11,7 +11,7 @@ def read_teacher(args, classes):
 
     Raises:
         UserError: it is of another detector type, another backbone or other classes than the flags and the data say,
-            or its anchors are others, where both models answer for anchors.
+            or its anchors are others, where both heads run on the anchors.
     """
     if args.teacher_weights == "coco":
         teacher, build = build_coco_teacher(args.detector, classes, *args.size)

@@ -25,13 +25,14 @@ class Progress:
     def epoch(self, loader, number, done):
         """An epoch's batches, number from 1, with a bar where there is a terminal; so many batches are done already."""
         self.rate, self.since, self.logged = 0.0, time.perf_counter(), done
+        self.began, self.first = self.since, done
         self.bar = self.process.progress(f"{self.title} {number}/{self.epochs}")(loader)
         return self.bar
 
-    def announce(self, step):
-        """After ten steps of the demonstration's first run: how long all of its runs will take here."""
-        if self.process.runs_ahead and step == TEN:
-            seconds = (time.perf_counter() - self.since) / TEN * self.steps * self.process.runs_ahead
+    def announce(self, batch):
+        """After ten batches of the demonstration's first run: how long all of its runs will take here."""
+        if self.process.runs_ahead and batch == self.first + TEN:
+            seconds = (time.perf_counter() - self.began) / TEN * self.steps * self.process.runs_ahead
             self.process.say(f"All runs of the demonstration will take about {duration(seconds)} on this machine.")
             self.process.runs_ahead = 0.0
 
