@@ -99,7 +99,7 @@ def build_detector(
         head_channels: width of the box head's two hidden layers (Faster R-CNN).
         anchor_scale: an anchor's side in strides of its level (RetinaNet: of the smallest of three); Faster R-CNN
             pools a region 28 times as large from stride 16.
-        min_size, max_size: the shorter side is resized to min_size pixels, the longer to no more than max_size.
+        min_size, max_size: pixels of the shorter side after resizing, and limit of the longer.
         rois: regions an image that the box head trains on (25% positive at IoU >= 0.5; Faster R-CNN).
         roi_samples: sampling points a side in each of RoIAlign's 7 x 7 bins (Faster R-CNN).
         rpn_top_n: proposals that the RPN takes from each level before non-maximum suppression, and from the image
@@ -148,8 +148,7 @@ def pyramid(network, detector, trained_stages, channels, norm):
     """A classifier's stages with an FPN (Lin et al. 2017): P2 to P5 and a pooled P6, or P3 to P5 and strided P6, P7.
 
     Args:
-        network: of build_backbone.
-        trained_stages: how many of the five stages train, from the last.
+        trained_stages: how many of the network's five stages train, from the last.
         channels: of every level; norm: the FPN's layer of normalisation, or None.
     """
     network, stages, widths = stages_of(network)

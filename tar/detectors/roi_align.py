@@ -27,16 +27,8 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         self.strides = strides
 
     def forward(self, x, boxes, image_shapes):
-        """Pools regions.
-
-        Args:
-            x: dict of levels, float [B, C, H_l, W_l].
-            boxes: list of B float [R, 4] xyxy in pixels of the resized image.
-            image_shapes: list of B (height, width) of the resized images.
-
-        Returns:
-            float [sum R, C, output_size, output_size].
-        """
+        """Pools regions, as torchvision's: levels {name: [B, C, H_l, W_l]}, boxes a list of B [R, 4] xyxy in pixels of
+        the resized image, image_shapes a list of B (height, width) -> float [sum R, C, output_size, output_size]."""
         features = [x[name] for name in self.featmap_names]
         if features[0].is_cuda:
             return super().forward(x, boxes, image_shapes)

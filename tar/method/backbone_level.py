@@ -15,11 +15,9 @@ BACKBONE_NORMS = ("energy", "cells")
 
 
 def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
-    """The paper's Gaussian mask, sampled at the cell centres ((i + 0.5) * stride).
+    """The paper's Gaussian mask at the cell centres ((i + 0.5) * stride); the maximum where boxes overlap.
 
-        M(x, y) = exp(-(x - x0)^2 / (s2 (w/2)^2) - (y - y0)^2 / (s2 (h/2)^2))  inside the box, 0 outside;
-
-    the maximum where boxes overlap.
+        M(x, y) = exp(-(x - x0)^2 / (s2 (w/2)^2) - (y - y0)^2 / (s2 (h/2)^2))  inside the box, 0 outside
 
     Args:
         boxes: float [N, 4] xyxy in pixels of the resized image; N may be 0. Leading dimensions are kept.

@@ -35,10 +35,8 @@ def classification_loss(student_logits, teacher_logits, count, region_weights=No
 def region_weights(student_logits, teacher_logits, labels, cls_gate="none", soft_labels="positive", sigmoid=False):
     """What each region counts in L_cls: None for 1 everywhere (the default), else a float [R].
 
-    Args:
-        labels: int64 [R], the true class, 0 for background.
-        cls_gate: "better" keeps the regions to whose true class the teacher gives a higher probability.
-        soft_labels: "all" gives background regions BACKGROUND_WEIGHT.
+    labels: int64 [R], the true class, 0 for background. cls_gate "better" keeps the regions to whose true class the
+    teacher gives a higher probability; soft_labels "all" gives background regions BACKGROUND_WEIGHT.
     """
     if soft_labels == "all":
         return torch.where(labels > 0, 1.0, BACKGROUND_WEIGHT)

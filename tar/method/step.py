@@ -157,10 +157,7 @@ def total_per_process(count, least=0.0, device=None):
     one process with the whole batch.
 
     Args:
-        count: a scalar tensor, or a number, which is put on the device.
-
-    Returns:
-        float scalar tensor without gradient.
+        count: a scalar tensor, or a number, which is put on the device. The total has no gradient.
     """
     total = torch.as_tensor(count, device=device).detach().clone()
     total = total if total.is_floating_point() else total.float()
