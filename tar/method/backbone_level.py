@@ -33,11 +33,6 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
     return _gaussians(boxes, [(height, width)], [stride], sigma2)[0]
 
 
-def box_mask(boxes, height, width, stride):
-    """1 at the cell centres inside any box, 0 elsewhere; arguments as gaussian_mask."""
-    return (gaussian_mask(boxes, height, width, stride, sigma2=float("inf")) > 0).to(boxes.dtype)
-
-
 def _gaussians(boxes, sizes, strides, sigma2):
     """gaussian_mask() of all levels in one pass over the boxes (a Gaussian is one along x times one along y).
 

@@ -176,5 +176,7 @@ def gates_text(rows):
         if gates:
             quarters = ([v for v in quarter if v is not None] for quarter in zip(*gates, strict=True))
             lines.append([row["title"], *map(spread, quarters)])
-    text = "Positives that the regression gate lets through, percent, in each quarter of a run (-: no teacher asked):"
+    text = (
+        "Positives that the regression gate lets through, percent, by quarter of a run (-: the teacher was not used):"
+    )
     return f"{text}\n\n" + markdown(["run", "first", "second", "third", "last"], lines) if lines else None

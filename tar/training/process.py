@@ -170,7 +170,7 @@ def set_up(device="auto", amp="auto", threads=0, deterministic=False):
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except RuntimeError as error:
-        raise UserError(f"--device {device}: not to be had here ({one_line(error)})") from None
+        raise UserError(f"--device {device}: not available here ({one_line(error)})") from None
     if together:  # two hours: the others wait while rank 0 downloads
         limit = timedelta(hours=2)
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))

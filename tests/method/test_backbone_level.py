@@ -11,7 +11,6 @@ from tar.method.backbone_level import (
     adapted_features,
     backbone_loss,
     backbone_normalizer,
-    box_mask,
     fine_grained_mask,
     gaussian_mask,
     pyramid_masks,
@@ -48,7 +47,12 @@ def test_gaussian_mask_has_the_values_done_by_hand():
     assert gaussian_mask(box, 4, 6, 8, 8.0)[1, 0].item() == pytest.approx(math.exp(-1 / 8))
 
 
-@pytest.mark.parametrize("mask", [gaussian_mask, box_mask])
+def of_kind(kind, boxes, height, width, stride):
+    """pyramid_masks() of one image and one level."""
+    return pyramid_masks([{"boxes": boxes}], [torch.zeros(1, 1, height, width)], [stride], kind)[0][0]
+
+
+@pytest.mark.parametrize("mask", [gaussian_mask, lambda *where: of_kind("box", *where)])
 def test_no_boxes_and_boxes_without_area_or_cell_give_zeros(mask):
     between = [5.0, 5.0, 11.0, 11.0]  # between the centres 4 and 12
     flat = [12.0, 12.0, 12.0, 12.0], [12.0, 0.0, 12.0, 32.0], [0.0, 12.0, 32.0, 12.0]  # on the centre 12
@@ -60,7 +64,7 @@ def test_no_boxes_and_boxes_without_area_or_cell_give_zeros(mask):
 
 def test_box_mask_is_one_inside_boxes():
     boxes = torch.tensor([[0.0, 0.0, 13.0, 5.0], [19.0, 11.0, 40.0, 32.0]])  # cell centres at 4, 12, 20, 28
-    assert box_mask(boxes, 4, 4, 8).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
+    assert of_kind("box", boxes, 4, 4, 8).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "box", "full"])

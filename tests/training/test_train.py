@@ -171,3 +171,11 @@ def test_eval_measures_what_training_measured(voc, tmp_path, capsys):
     sizes = {"AP_small", "AP_medium", "AP_large"}
     names = {"AP", "AP50", "AP75", "voc07", "voc_area", "per_class", "dataset", "split", "test_images"} | sizes
     assert {name: figures[name] for name in names} == {name: result[name] for name in names}
+
+
+def test_the_demonstration_says_its_length_once_and_prints_four_rows(tmp_path, capsys):
+    call(train.main, *SMALL, "--epochs", 1, "--batch-size", 1, "--output", tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("All runs of the demonstration will take about") == 1
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert rows[:5] == ["run", "teacher r18", "plain r10", "TAR r10 from r18", "plain r10, equal cost"]
