@@ -9,13 +9,11 @@ over epochs and steps, evaluation, saving. What one step computes is in tar/meth
 
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from tar import UserError, fail
+from tar import UserError
 from tar.data.check_data import check_data, describe
 from tar.data.datasets import load_dataset
 from tar.data.loader import make_loader, to_device, train_batches
@@ -25,33 +23,24 @@ from tar.evaluation.detect import evaluate
 from tar.evaluation.markdown import cell, figures_table
 from tar.method.step import DistillationStep
 from tar.tables.run_table import run_table
-from tar.training import checkpoint, flags
-from tar.training.guard import Done, Guard, diverged, gradient_norms, out_of_memory
-from tar.training.initial_weights import inherit, read_teacher, start_from
-from tar.training.learning_rate import learning_rate
-from tar.training.optimizer import build_optimizer, compile_backbones
+from tar.training import checkpoint, flags, run_folder
+from tar.training.failure import program
+from tar.training.guard import Done, Guard, diverged
+from tar.training.initial_weights import read_teacher, start_from
+from tar.training.optimizer import build_optimizer, learning_rate
 from tar.training.process import set_up
-from tar.training.run import Run
-from tar.training.run_folder import (
-    begin_run,
-    changed,
-    checkpoint_to_resume,
-    finished_result,
-    read_json,
-    run_name,
-    settings_of,
-    teacher_of,
-)
-from tar.training.run_state import RunState
-from tar.training.stop_signals import Stopped, StopSignals
+from tar.training.run import Run, RunState, restore
+from tar.training.run_folder import changed, read_json, run_name, settings_of, teacher_of
+from tar.training.stop_signals import StopSignals
 
 SOURCES = {}  # {data set and its flags: (training source, test source)}
+ASK_EVERY = 10  # steps between the times that processes ask one another whether one was told to stop
 TIMED = 24  # batches on which the cost of a distillation is measured
 
 
 def main(argv=None):
     args = flags.parse(argv)
-    try:
+    with program("train.py"):
         process = set_up(args.device, args.amp, args.threads, args.deterministic)
         with StopSignals() as process.signals:
             if args.check_data:
@@ -62,13 +51,6 @@ def main(argv=None):
                 results, folder = train_with_teacher(args, process)
                 process.say("\n" + figures_table(results))
                 process.say(f"\nRun: {folder}. Next: python eval.py --weights {folder / 'last.pth'}")
-    except (UserError, Stopped) as error:
-        fail("train.py", error)
-    except torch.OutOfMemoryError as error:
-        fail("train.py", out_of_memory(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def train_with_teacher(args, process, parent=None, name=None, title=None):
@@ -87,7 +69,7 @@ def train_with_teacher(args, process, parent=None, name=None, title=None):
         parent, name = (Path(args.output).parent, Path(args.output).name) if args.output else (Path("runs"), name)
     data = data_of(args, process)
     if args.teacher and not args.teacher_weights:
-        if args.backbone_weights not in ("imagenet", "none"):
+        if args.backbone_weights not in ("imagenet", "none") and not Path(args.backbone_weights).is_dir():
             raise UserError(
                 f"--backbone-weights {args.backbone_weights} fits the student only: train the teacher first "
                 f"(train.py --student {args.teacher} --backbone-weights FILE) and give --teacher-weights"
@@ -105,13 +87,14 @@ def train_with_teacher(args, process, parent=None, name=None, title=None):
 
 def data_of(args, process):
     """The training and the test source of the flags; the runs of a table read them once."""
-    given = {name: getattr(args, name) for name in ("data_path", "limit_train", "limit_test", "split", "keep_empty")}
+    names = ("data_path", "limit_train", "limit_test", "split", "keep_empty", "exif")
+    given = {name: getattr(args, name) for name in names}
     given |= {"seed": args.seed if args.dataset == "shapes" else 0, "download": args.download and process.main}
     given |= {"years": args.voc_years, "files": [getattr(args, name) for name in flags.COCO_FILES]}
     key = (args.dataset, repr(given))
     if key not in SOURCES:
         SOURCES.clear()
-        SOURCES[key] = process.in_turn(load_dataset, args.dataset, **given)
+        SOURCES[key] = process.main_first(load_dataset, args.dataset, **given)
         describe(SOURCES[key], process)
     return SOURCES[key]
 
@@ -121,8 +104,7 @@ def check_sources(args, process):
     sets = zip(("training set", f"{args.split} set"), data_of(args, process), strict=True)
     broken = sum(check_data(source, title, process, args.workers) for title, source in sets)
     if broken:
-        text = f"{broken} images of {args.data_path} cannot be used; replace them or take them off the lists"
-        raise UserError(text).for_all()
+        raise UserError(f"{broken} images cannot be used; replace them or take them off the lists")
     process.say("\nEvery image can be used.")
 
 
@@ -138,7 +120,7 @@ def train(args, data, process, title):
         dict: what result.json holds.
     """
     output, settings = Path(args.output), settings_of(args, process)
-    result = process.in_turn(finished_result, output, settings)
+    result = process.main_first(run_folder.finished_result, output, settings)
     if result:
         process.say(f"{title}: {output} has ended, AP {cell(result['AP'])}")
         return process.shared(result)
@@ -158,22 +140,20 @@ def train(args, data, process, title):
 
 def prepare(args, data, process, title, output, settings):
     """Builds a run's student, teacher and optimizer, puts back what an earlier process saved, and opens its folder."""
-    train_set, saved = data[0], process.in_turn(checkpoint_to_resume, output, settings, process.say)
+    train_set, saved = data[0], process.main_first(run_folder.checkpoint_to_resume, output, settings, process.say)
     student, teacher, build = make_models(args, data, process, saved)
     distillation = flags.distillation_settings(args) if teacher else None
     module = DistillationStep(student, distillation, teacher.backbone.out_channels if teacher else None)
     process.place(module).train()
     if args.sync_bn:
         module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    if args.compile:
-        compile_backbones(student, teacher)
 
     optimizer = build_optimizer(args, module, learning_rate_of(args, process))
     scaler = torch.amp.GradScaler(process.device.type, enabled=process.amp == "fp16")
-    state = checkpoint.restore(saved, module, optimizer, scaler, process.device) if saved else RunState()
+    state = restore(saved, module, optimizer, scaler, process.device) if saved else RunState()
     guard = Guard(module, optimizer, scaler, process.device, state.bad_steps, state.streak)
     about = {"build": build, "classes": list(train_set.classes), "settings": settings}
-    order = {"rank": process.rank, "world": process.world, "wide": getattr(train_set, "wide", None)}
+    order = {"rank": process.rank, "world": process.world, "wide": train_set.wide}
     steps_per_epoch = len(train_batches(len(train_set), args.batch_size, 0, 0, **order))
     total_steps = args.epochs * steps_per_epoch
     end_step = math.ceil(args.decay_end * total_steps) if teacher else 0
@@ -182,8 +162,8 @@ def prepare(args, data, process, title, output, settings):
         process.say(f"{title}: going on after step {first_step} of {total_steps}, from {output}")
     if len(set(process.gathered(first_step))) > 1:
         text = "is not the same for all processes; it must be on a disk that all machines share"
-        raise UserError(f"{output}: {text}").for_all()
-    process.alone(begin_run, output, settings, first_step, measured=state.batch == 0)
+        raise UserError(f"{output}: {text}")
+    process.on_main(run_folder.begin_run, output, settings, first_step, measured=state.batch == 0)
     trained = module, optimizer, scaler, guard, state
     return Run(
         args, process, title, output, about, *data, teacher, *trained, order, steps_per_epoch, total_steps, end_step
@@ -224,7 +204,7 @@ def train_epoch(run, epoch):
         run.history.append(Done(bad, step + 1, keys, terms, norm))
         logs = i % args.log_every == 0 or i == run.steps_per_epoch  # the only place that waits for the device
         if (logs or process.device.type == "cpu") and guard.longest >= args.max_bad_steps:
-            raise diverged(list(run.history), run.train_set, partial(norms_of_a_step, run), run.output, process)
+            raise diverged(run)
         if logs:
             means, rate = state.take_means(process), run.progress.rate_until(i)
             line = {"epoch": epoch + 1, "step": step + 1, "lr": lr, "decay": weight, "images_per_second": rate}
@@ -235,7 +215,8 @@ def train_epoch(run, epoch):
         run.progress.announce(i)
         if i % args.save_every == 0 or i == run.steps_per_epoch:
             run.save()
-        if process.any(process.signals.received is not None):
+        asks = process.world == 1 or i % ASK_EVERY == 0 or i == run.steps_per_epoch
+        if asks and process.any_process(process.signals.received is not None):
             run.save()
             raise process.signals.stopped(f"{run.title}: stopped after step {step + 1} of {run.total_steps}")
     process.signals.patient = False
@@ -271,7 +252,7 @@ def finish(run):
         "ms_per_image": ms_per_image,
         "environment": process.about(),
     }
-    process.alone(checkpoint.save_json, run.output / "result.json", result)
+    process.on_main(checkpoint.save_json, run.output / "result.json", result)
     return process.shared(result)  # the others wait here
 
 
@@ -280,26 +261,20 @@ def make_models(args, data, process, saved):
     classes, fresh = data[0].classes, saved is None
     build = flags.build_of(args, args.student, len(classes))
     torch.manual_seed(args.seed)  # every process starts from the same weights
-    student = process.in_turn(build_detector, **build if fresh else {**build, "backbone_weights": "none"})
+    student = process.main_first(build_detector, **build if fresh else {**build, "backbone_weights": "none"})
     if fresh and args.student_weights:
-        process.in_turn(start_from, student, args.student_weights, build, classes)
+        process.main_first(start_from, student, args.student_weights, build, classes)
     if args.sync_bn and process.device.type != "cuda":
         text = "--sync-bn: torch shares batch norm's statistics between GPUs only; leave it out on the CPU"
-        raise UserError(text).for_all()
-    teacher = load_teacher(args, data, process, student if fresh and args.inherit else None) if args.teacher else None
+        raise UserError(text)
+    teacher = load_teacher(args, data, process) if args.teacher else None
     return student, teacher, build
 
 
-def load_teacher(args, data, process, heir=None):
-    """The frozen teacher of a run on its device, after a line that says how good it is.
-
-    Args:
-        heir: a student that starts from its pyramid and heads (--inherit).
-    """
+def load_teacher(args, data, process):
+    """The frozen teacher of a run on its device, after a line that says how good it is."""
     path = Path(args.teacher_weights)
-    teacher, saved = process.in_turn(read_teacher, args, data[0].classes)
-    if heir is not None:
-        process.say(f"Of the teacher's pyramid and heads {inherit(heir, teacher)} tensors start the student's")
+    teacher, saved = process.main_first(read_teacher, args, data[0].classes)
     process.place(teacher.requires_grad_(False))
     process.freeze(teacher)
     size = [saved["build"]["min_size"], saved["build"]["max_size"]]
@@ -320,24 +295,14 @@ def load_teacher(args, data, process, heir=None):
 
 def measure(model, args, test_set, process):
     """The figures of a model on the test split, all processes sharing the images."""
-    progress = process.progress("evaluating")
+    loading = args.batch_size, args.workers, process.progress("evaluating")
     with process.autocast():
-        return evaluate(model, test_set, process.device, args.dataset == "voc", args.batch_size, args.workers, progress)
+        return evaluate(model, test_set, process.device, args.dataset == "voc", *loading, process.control)
 
 
 def learning_rate_of(args, process):
     """The learning rate after the warm-up: --lr is that of 16 images a step."""
     return args.lr * (args.batch_size * process.world) / 16
-
-
-def norms_of_a_step(run, done):
-    """The norm of each weighted loss term's gradient on the images of a step that is done, see tar.training.guard."""
-    weight = run.lambda_(done.step - 1)
-    weights = {name: weight * w for name, w in run.module.settings.weights().items()} if weight else {}
-    batch = next(iter(make_loader(run.train_set, True, [done.keys], run.args.seed)))
-    run.seed_regions(done.step - 1)
-    batch = to_device(*batch, run.process.device)
-    return gradient_norms(run.module, batch, run.teacher if weight else None, weights, run.process)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ def write_json(file, images, annotations=(), categories=SPARSE):
     return file
 
 
+def edit_json(file, change):
+    """Changes the data of a JSON file."""
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    return file
+
+
 def write_coco(folder, images, annotations=(), categories=SPARSE):
     """A file in COCO's format and beside it its images, each of the grey level of its id."""
     for image in images:
@@ -52,8 +60,9 @@ def pycocotools_stats(file, found, only=None):
 def results_of(source, found):
     """Results as detect() returns them, of detections in COCO's format."""
     results = []
-    for index, (image_id, _, gt_boxes, gt_labels, gt_ignored) in enumerate(source.samples):
+    for index, image_id in enumerate(source.image_ids):
         rows = [row for row in found if row["image_id"] == image_id]
+        gt_boxes, gt_labels, gt_ignored = source.boxes_of(index)
         boxes = np.array([row["bbox"] for row in rows], dtype=np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         result = {"image_id": index, "gt_boxes": gt_boxes, "gt_labels": gt_labels, "gt_ignored": gt_ignored}

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 FENCED = re.sub(r" *\\\n *", " ", "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)))
 COMMANDS = re.findall(r"(?:python|\d) (train|eval)\.py((?: [\w./-]+)*)", FENCED)
 ACTIONS = flags.parser()._actions + evaluation.parser()._actions
-OF_TORCHRUN = {"--nproc_per_node", "--max-restarts"}
+OF_TORCHRUN = {"--nproc_per_node", "--max-restarts", "--data", "--dry"}  # and of tests/gpu/check.py
 
 
 @pytest.mark.parametrize(("script", "words"), COMMANDS)

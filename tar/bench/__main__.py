@@ -1,38 +1,43 @@
-"""How long a TAR step takes, beside torchvision's stock step, a lower bound and a naive distillation.
+"""How long a TAR step takes, beside torchvision's stock step, our plain step and a lower bound.
 
     python -m tar.bench --teacher r101 --student r50 --size 600 1000 --batch-size 2 --json bench.json
 
-The kinds of step take turns, so that other load on the machine meets all kinds. A ratio is of two
-steps of the same round; the figure is its median over the rounds.
+All kinds of step have the same weights, images, boxes and sampled regions; the learning rate is 0. They take turns, so
+that other load on the machine meets all kinds. A ratio is of two steps of the same round; the figure is its median.
 """
 
-import multiprocessing
-import time
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from statistics import median
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import FasterRCNN, RetinaNet
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from tar import UserError, fail
-from tar.bench.kinds_of_step import FLOOR, PLAIN, ROWS, STOCK, TAR, KindsOfStep, resident_peak
+from tar.data.loader import to_device
 from tar.detectors.backbones import BACKBONES
-from tar.detectors.build import DETECTORS
-from tar.evaluation.markdown import markdown
+from tar.detectors.build import DETECTORS, build_detector
+from tar.evaluation.cost import flops, timed
+from tar.evaluation.markdown import rows_table
+from tar.method.proposal_sharing import faster_rcnn_outputs, retinanet_outputs
+from tar.method.step import DistillationSettings, DistillationStep
 from tar.training import checkpoint
-from tar.training.parser import Parser, count, positive
+from tar.training.failure import program
+from tar.training.flags import LEVELS
+from tar.training.parser import Parser, count, device_flags, positive
 from tar.training.process import TYPES, set_up
 
-PARTS = ("steps", "flops", "memory")
-RATIOS = [(TAR, STOCK), (PLAIN, STOCK), (TAR, PLAIN), (TAR, FLOOR)]
-RATIOS += [("naive", TAR), ("naive equal", TAR), ("terms", TAR), ("adapters", TAR)]
+RESNETS = ("r18", "r34", "r50", "r101", "r152")
+CLASSES = 20
+STOCK, PLAIN, TAR, FLOOR = "stock", "plain", "tar", "floor"
+ROWS = (STOCK, PLAIN, TAR, FLOOR, *(f"{level} level" for level in LEVELS))
 
 
 def parser():
     p = Parser(prog="python -m tar.bench", description=__doc__.split("\n")[0])
-    resnets = [name for name in BACKBONES if name.startswith("r") and name != "r10"]
-    p.add_argument("--teacher", choices=resnets, default="r101", help="backbone (default: r101)")
-    p.add_argument("--student", choices=resnets, default="r50", help="backbone (default: r50)")
+    p.add_argument("--teacher", choices=RESNETS, default="r101", help="backbone (default: r101)")
+    p.add_argument("--student", choices=RESNETS, default="r50", help="backbone (default: r50)")
     p.add_argument("--detector", choices=DETECTORS, default=DETECTORS[0], help=f"default: {DETECTORS[0]}")
     p.add_argument("--size", type=positive, nargs=2, default=[600, 1000], help="shorter side, longest side; pixels")
     p.add_argument("--image", type=positive, nargs=2, default=[375, 500], help="height, width before resizing; pixels")
@@ -41,132 +46,160 @@ def parser():
     p.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each kind (default: 5)")
     p.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before the first counts (default: 2)")
     p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="kinds of step (default: all)")
-    p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    p.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
-    p.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default="auto", help="default: auto")
-    p.add_argument("--threads", type=count, default=0, metavar="N", help="CPU threads; 0: torch's choice")
-    p.add_argument("--seed", type=count, default=0, metavar="N", help="of weights, images and regions")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
+    device_flags(p)
     return p
 
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    try:
-        figures = run(args, set_up(args.device, args.amp, args.threads))
+    with program("tar.bench"):
+        figures = measure(args, set_up(args.device, args.amp, args.threads))
         if args.json:
             checkpoint.save_json(args.json, figures)
-    except UserError as error:
-        fail("tar.bench", error)
 
 
-def run(args, process):
-    """Measures and prints the chosen parts. Returns what --json holds."""
+def measure(args, process):
+    """Measures and prints the chosen kinds of step. Returns what --json holds."""
     names = ("teacher", "student", "detector", "size", "image", "batch_size", "rois", "rounds")
     about = process.about() | {name: getattr(args, name) for name in names}
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    rows, figures = KindsOfStep(args, process).rows(), {"about": about}
-    rows = {name: row for name, row in rows.items() if name in args.rows}
-    if "steps" in args.parts:
-        figures |= steps(args, process, rows)
-    if "flops" in args.parts:
-        figures["flops"] = flops(args, rows)
-        figures |= shares_of_peak(figures["flops"], figures, process) if "steps" in args.parts else {}
-    if "memory" in args.parts:
-        figures["memory"] = memory(args, process, rows)
-    print("\n" + rows_table(rows, figures))
-    if "steps" in args.parts:
-        ratios = [[name, *(f"{r[k]:.3f}" for k in ("median", "min", "max"))] for name, r in figures["ratios"].items()]
-        print("\n" + markdown(["ratio", "median", "min", "max"], ratios))
-    return figures
-
-
-def timed(process, call):
-    """Seconds of a call, to the end of what it gave a GPU to do."""
-    process.wait()
-    started = time.perf_counter()
-    call()
-    process.wait()
-    return time.perf_counter() - started
-
-
-def steps(args, process, rows):
-    """Rounds of one step of each kind: steps, {row: ms an image of each round}; ratios, {name: {median, min, max}}."""
-    seconds = {name: [] for name in rows}
-    for number in range(-args.warmup, args.rounds):
-        for name, (_, step) in rows.items():
-            torch.manual_seed(args.seed + 1000 + number)  # all kinds sample the same regions
-            seconds[name].append(timed(process, step))
-    seconds = {name: of_row[args.warmup :] for name, of_row in seconds.items()}
-    ratios, pairs = {}, dict.fromkeys([*RATIOS, *((row, STOCK) for row in rows if row != STOCK)])
-    for one, other in (pair for pair in pairs if rows.keys() >= set(pair)):
-        each, name = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)], ratio_name(one, other)
-        ratios[name] = {"median": median(each), "min": min(each), "max": max(each)}
-    per_image = {name: [1000 * s / args.batch_size for s in row] for name, row in seconds.items()}
-    return {"steps": per_image, "ratios": ratios}
-
-
-def ratio_name(one, other):
-    return f"{one}_over_{other}".replace(" ", "_")
-
-
-def flops(args, rows):
-    """FLOP an image of each kind of step: convolutions and matrix products, two a multiply-add."""
-    counted = {}
-    for name, (_, step) in rows.items():
-        torch.manual_seed(args.seed + 1000)
-        with FlopCounterMode(display=False) as counter:
-            step()
-        counted[name] = counter.get_total_flops() / args.batch_size
-    return counted
-
-
-def shares_of_peak(counted, figures, process):
-    """What part of the speed of a large matrix product of its type each kind of step reaches: {row: 0 to 1}.
-
-    On a GPU float32 is multiplied as TF32 there, as convolutions are.
-    """
-    n, peak, shares = 8192 if process.device.type == "cuda" else 2048, {}, {}
-    for name, times in figures["steps"].items():
-        kind = "none" if name in (STOCK, "naive") else process.amp
-        if kind not in peak:
-            a = torch.randn(n, n, device=process.device, dtype=TYPES.get(kind, torch.float32))
-            peak[kind] = 2 * n**3 / min(timed(process, lambda a=a: a @ a) for _ in range(7))
-        shares[name] = counted[name] / (median(times) / 1000) / peak[kind]
-    return {"peak": peak, "of_peak": shares}
-
-
-def memory(args, process, rows):
-    """Peak memory of each kind of step, GiB: allocated on the GPU; on a CPU that of a process with this step alone."""
-    peaks = {}
-    for name, (_, step) in rows.items():
-        if process.device.type == "cuda":
+    kinds = {name: kind for name, kind in kinds_of_step(args, process).items() if name in args.rows}
+    steps, ratios = times(args, process, kinds)
+    peaks = {amp: peak(process, amp) for amp in dict.fromkeys(("none", process.amp))}
+    counted, shares, memory, lines = {}, {}, {}, []
+    for name, (what, step) in kinds.items():
+        torch.manual_seed(1000)
+        counted[name] = flops(step) / args.batch_size
+        ms, low, high = (f(steps[name]) for f in (median, min, max))
+        shares[name] = counted[name] / (ms / 1000) / peaks["none" if name == STOCK else process.amp]
+        line = {"row": name, "what": what, "ms an image": f"{ms:.0f} ({low:.0f} to {high:.0f})"}
+        line |= {"GFLOP an image": f"{counted[name] / 1e9:.0f}", "of peak": f"{100 * shares[name]:.0f}%"}
+        if process.device.type == "cuda":  # the models of all kinds are on it
             torch.cuda.reset_peak_memory_stats()
             step()
-            peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-        else:
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                peaks[name] = pool.submit(resident_peak, args, name).result()
-    return peaks
-
-
-def rows_table(rows, figures):
-    """All figures of the rows as Markdown."""
-    lines = []
-    for name, (what, _) in rows.items():
-        line = {"row": name, "what": what}
-        if "steps" in figures:
-            times, ratio = figures["steps"][name], figures["ratios"].get(ratio_name(name, STOCK))
-            line["ms an image"] = f"{median(times):.0f} ({min(times):.0f} to {max(times):.0f})"
-            line["of stock"] = ratio and f"{ratio['median']:.2f}"
-        if "flops" in figures:
-            line["GFLOP an image"] = f"{figures['flops'][name] / 1e9:.0f}"
-        if "of_peak" in figures:
-            line["of peak"] = f"{100 * figures['of_peak'][name]:.0f}%"
-        if "memory" in figures:
-            line["peak memory, GiB"] = f"{figures['memory'][name]:.2f}"
+            memory[name] = line["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
         lines.append(line)
-    return markdown(list(lines[0]), [list(line.values()) for line in lines])
+    print("\n" + rows_table(lines) + "\n")
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
+    figures = {"about": about, "steps": steps, "ratios": ratios, "flops": counted, "peak": peaks, "of_peak": shares}
+    return {**figures, "memory": memory}
+
+
+def times(args, process, kinds):
+    """Rounds of one step of each kind: {row: ms an image of each round}, {name of a ratio: {median, min, max}}."""
+    seconds = {name: [] for name in kinds}
+    for number in range(-args.warmup, args.rounds):
+        for name, (_, step) in kinds.items():
+            torch.manual_seed(1000 + number)  # all kinds sample the same regions
+            seconds[name].append(timed(process, step))
+    seconds, ratios = {name: of_row[args.warmup :] for name, of_row in seconds.items()}, {}
+    for one, other in ((TAR, FLOOR), (TAR, PLAIN), *((row, STOCK) for row in kinds if row != STOCK)):
+        if {one, other} <= kinds.keys():
+            each = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+            ratios[f"{one}_over_{other}".replace(" ", "_")] = {f.__name__: f(each) for f in (median, min, max)}
+    return {name: [1000 * s / args.batch_size for s in of_row] for name, of_row in seconds.items()}, ratios
+
+
+def peak(process, amp):
+    """FLOP a second of a large matrix product of a type; on a GPU float32 is TF32, there and in the steps."""
+    n = 8192 if process.device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=process.device, dtype=TYPES.get(amp, torch.float32))
+    return 2 * n**3 / min(timed(process, lambda: a @ a) for _ in range(7))
+
+
+def draw_batch(count, height, width):
+    """Noise as images uint8 [3, height, width], and targets; boxes cover 42% on average, as in VOC 2007's trainval."""
+    random, size = torch.Generator().manual_seed(0), torch.tensor([width, height])
+    images = [torch.randint(256, (3, height, width), dtype=torch.uint8, generator=random) for _ in range(count)]
+    targets = []
+    for number in torch.randint(2, 10, (count,), generator=random).tolist():
+        sides = 0.1 * 8.3 ** torch.rand(number, 2, generator=random) * size
+        corners = torch.rand(number, 2, generator=random) * (size - sides)
+        labels = torch.randint(1, CLASSES + 1, (number,), generator=random)
+        targets.append({"boxes": torch.cat([corners, corners + sides], 1), "labels": labels})
+    return images, targets
+
+
+def our_detector(args, backbone):
+    """Our detector, random but for the end of each residual block, which adds little: features stay finite."""
+    options = {"min_size": args.size[0], "max_size": args.size[1], "rois": args.rois}
+    options["anchor_scale"] = 8 if args.detector == "faster-rcnn" else 4
+    model = build_detector(args.detector, backbone, CLASSES, norm="frozen", trainable_layers=3, **options)
+    for block in model.backbone.modules():
+        if isinstance(block, BasicBlock | Bottleneck):
+            getattr(block, "bn3", block.bn2).weight.fill_(0.2)
+    return model
+
+
+def stock_detector(args, weights):
+    """torchvision's own student as its reference script builds it, with our weights."""
+    sizes, backbone = {"min_size": args.size[0], "max_size": args.size[1]}, BACKBONES[args.student]
+    if args.detector == "faster-rcnn":
+        body = resnet_fpn_backbone(backbone_name=backbone, weights=None)
+        model = FasterRCNN(body, CLASSES + 1, box_batch_size_per_image=args.rois, **sizes)
+    else:
+        levels = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+        model = RetinaNet(resnet_fpn_backbone(backbone_name=backbone, weights=None, **levels), CLASSES + 1, **sizes)
+    model.load_state_dict(weights)
+    return model
+
+
+def kinds_of_step(args, process):
+    """{name: (what it is, a function that does one step and returns its losses)}."""
+    torch.manual_seed(0)
+    student, teacher = our_detector(args, args.student), our_detector(args, args.teacher)
+    stock = stock_detector(args, student.state_dict()).to(process.device).train()
+    step = process.place(DistillationStep(student, DistillationSettings())).train()
+    teacher = process.place(teacher.eval().requires_grad_(False))
+    process.freeze(teacher)
+    images, targets = to_device(*draw_batch(args.batch_size, *args.image), process.device)
+    optimizers, precision = {}, torch.get_float32_matmul_precision()
+    for module in (stock, step):
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizers[module] = torch.optim.SGD(trained, 0.0, 0.9, weight_decay=1e-4, fused=module is step)
+
+    def learn(module, losses):
+        optimizers[module].zero_grad()
+        sum(losses).backward()
+        optimizers[module].step()
+        return losses
+
+    def stock_step():  # with torch's default: on a GPU products in float32, convolutions in TF32
+        torch.set_float32_matmul_precision("highest")
+        losses = learn(stock, stock(images, targets).values())
+        torch.set_float32_matmul_precision(precision)
+        return losses
+
+    def our_step(settings):
+        step.settings = settings
+        with process.autocast():
+            detection, distillation, _ = step(images, targets, teacher if settings else None)
+        return learn(step, [*detection.values(), *distillation.values()])
+
+    def floor_step():
+        with process.autocast():
+            resized, boxes = student.transform(images, targets)
+            pixels = resized.tensors.contiguous(memory_format=torch.channels_last)
+            features = student.backbone(pixels)
+            with torch.no_grad():
+                given = teacher, teacher.backbone(pixels), DistillationSettings()
+            outputs = retinanet_outputs if args.detector == "retinanet" else faster_rcnn_outputs
+            losses, _ = outputs(student, features, resized, boxes, *given)
+        return learn(step, losses.values())
+
+    our_step(DistillationSettings())  # fused SGD wants all momenta to begin in the same step
+    kinds = {
+        STOCK: ("torchvision's student, float32, its own layout", stock_step),
+        PLAIN: ("our plain student step", partial(our_step, None)),
+        TAR: ("our TAR step, all three levels", partial(our_step, DistillationSettings())),
+        FLOOR: ("our plain step, the teacher's backbone and head on the same regions", floor_step),
+    }
+    for level in LEVELS:
+        settings = DistillationSettings(**{f"weight_{other}": float(other == level) for other in LEVELS})
+        kinds[f"{level} level"] = f"our step, {level} level only", partial(our_step, settings)
+    return kinds
 
 
 if __name__ == "__main__":

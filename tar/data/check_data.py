@@ -1,74 +1,50 @@
 """What a data set holds: a line or two before each training; every image, read and counted, for --check-data."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 from statistics import median
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from tar import UserError
 from tar.data.image_files import oddities
+from tar.data.loader import processes
+from tar.data.source import listed
 
-NAMES_SHOWN = 5  # images that a line names
 
-
-class _Facts(Dataset):
-    """The facts about each image of a source: a dict, or the text of the error that reading the image raises."""
-
-    def __init__(self, source):
-        self.source = source
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, index):
-        try:
-            image, boxes, labels, ignored = self.source.load(0, index)
-        except UserError as error:
-            return str(error)
-        name = self.source.name(0, index)
-        return {
-            "name": name,
-            "size": (image.shape[2], image.shape[1]),
-            "oddities": oddities(name, self.source.sizes[index]),
-            "labels": labels.tolist(),
-            "ignored": int(ignored.sum()),
-            "shorter sides": (boxes[:, 2:] - boxes[:, :2]).amin(1).tolist(),
-        }
+def _facts(source, index):
+    """The facts about one image as a dict, or the text of the error that reading it raises."""
+    try:
+        image, boxes, labels, ignored = source.load(0, index)
+    except UserError as error:
+        return str(error)
+    name, sides = source.name(0, index), (boxes[:, 2:] - boxes[:, :2]).amin(1).tolist()
+    odd = oddities(name, source.sizes[index].tolist(), source.exif) + ([] if len(boxes) else ["without a box"])
+    facts = {"labels": labels.tolist(), "ignored": int(ignored.sum()), "shorter sides": sides}
+    return {**facts, "name": name, "width": image.shape[2], "height": image.shape[1], "oddities": odd}
 
 
 def check_data(source, title, process, workers=0):
-    """Reads every image of a source and prints what the source holds.
-
-    Args:
-        source: of tar.data, with `sizes` and `dropped`.
-        title: the source's name in the headline.
-        workers: number of loader processes.
-
-    Returns:
-        the number of images that cannot be read.
-    """
-    loader = DataLoader(_Facts(source), batch_size=None, num_workers=workers)
+    """Reads every image of a Source and prints what it holds; returns the number of images that cannot be read."""
+    loader = DataLoader(range(len(source)), None, collate_fn=partial(_facts, source), **processes(workers))
     rows = list(process.progress(f"reading {title}")(loader))
     facts, errors = [r for r in rows if isinstance(r, dict)], [r for r in rows if isinstance(r, str)]
-    boxes, images, odd = Counter(), Counter(), {}
+    boxes, images, lists = Counter(), Counter(), defaultdict(list)
     for fact in facts:
         boxes.update(fact["labels"])
         images.update(set(fact["labels"]))
-        for word in fact["oddities"]:
-            odd.setdefault(f"images: {word}", []).append(fact["name"])
+        for what in fact["oddities"]:
+            lists[f"images: {what}"].append(fact["name"])
     ignored, sides = sum(f["ignored"] for f in facts), sorted(side for f in facts for side in f["shorter sides"])
     process.say(f"\n{title}: {len(rows)} images, {len(sides)} boxes, {ignored} of them ignored")
     if facts:
-        widths, heights = (sorted(column) for column in zip(*(f["size"] for f in facts), strict=True))
-        process.say(f"  pixels: {widths[0]} to {widths[-1]} wide, {heights[0]} to {heights[-1]} high")
+        widths, heights = ([f[key] for f in facts] for key in ("width", "height"))
+        process.say(f"  pixels: {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high")
     if sides:
         process.say(f"  shorter side of a box: {sides[0]:.1f} to {sides[-1]:.1f}, median {median(sides):.1f} pixels")
-    lists = {"images without a box": [f["name"] for f in facts if not f["labels"]]}
-    lists |= {"images with boxes of no area, which are dropped": source.dropped, **dict(sorted(odd.items()))}
-    for what, names in lists.items():
-        if names:
-            process.say(f"  {len(names)} {what}: {_first(names)}")
+    for what, names in sorted(lists.items()):
+        process.say(f"  {len(names)} {what}: {listed(names)}")
     width = max(map(len, ("class", *source.classes)))
     process.say(f"\n  {'class':<{width}}    boxes   images")
     for label, name in enumerate(source.classes, 1):
@@ -80,7 +56,7 @@ def check_data(source, title, process, workers=0):
 
 
 def describe(data, process):
-    """Prints the sizes of the training and the test source and where they run, and what was left out of them."""
+    """Prints the sizes of the training and the test source, where they run, and what is unusual about them."""
     train_set, test_set = data
     threads = f"{torch.get_num_threads()} threads" if process.device.type == "cpu" else process.device
     process.say(
@@ -88,11 +64,5 @@ def describe(data, process):
         f"{process.world} x {process.device.type} ({threads}), {process.amp} autocast, torch {torch.__version__}"
     )
     for name, source in (("training", train_set), ("test", test_set)):
-        if dropped := getattr(source, "dropped", []):
-            process.say(f"Boxes of no area or outside were dropped in {len(dropped)} {name} images: {_first(dropped)}")
-        if unused := getattr(source, "unused", []):
-            process.say(f"Classes without a box among the {name} images: {', '.join(unused)}")
-
-
-def _first(names):
-    return ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+        for note in dict.fromkeys(source.notes):
+            process.say(f"{name}: {note}")

@@ -1,9 +1,16 @@
 """The data sets by name: the training and the test source of each."""
 
+import os
+import re
+import unicodedata
+from collections import defaultdict
+from pathlib import Path
+
 from tar import UserError
 from tar.data.coco import Coco, coco_files
 from tar.data.shapes import Shapes
-from tar.data.voc import Voc, download_voc, folders_with_list, voc_classes, voc_folders
+from tar.data.source import listed
+from tar.data.voc import SPLITS, download_voc, read_voc, voc_classes, voc_source
 
 DATASETS = ("shapes", "voc", "coco")
 SHAPES_IMAGES = {"train": 700, "test": 400}  # an epoch of fresh images; the fixed test images
@@ -20,55 +27,71 @@ def load_dataset(
     download=False,
     split="test",
     keep_empty=False,
+    exif="auto",
 ):
-    """The training and the test source of a data set.
+    """The training and the test source of one of DATASETS, with the same classes.
+
+    UserError if a file is missing or cannot be understood, if the classes differ or if there is no box to train on.
 
     Args:
-        name: one of DATASETS.
-        data_path: folder of the data (not used by shapes).
-        years: VOC's years. All are trained on; those that have a test list are tested on.
-        files: COCO's paths: training JSON and images, test JSON and images; None for the usual path under data_path.
+        years: VOC's. All are trained on; those that have a test list are tested on.
+        files: COCO's training JSON and images, test JSON and images; None for the usual path under data_path.
         limit_train, limit_test: number of images to use, the first ones; 0 for all.
-        seed: seed of the shapes that are drawn for training.
-        download: download VOC first.
+        seed: of the shapes that are drawn for training.
         split: "test"; or "val" to tune on: voc then trains on the train list instead of trainval and tests on the val
             list, shapes tests on other images. COCO's test source is always val2017.
         keep_empty: train on COCO's images without boxes too.
-
-    Returns:
-        train, test: two sources of the same classes.
-
-    Raises:
-        UserError: a file is missing or cannot be understood, or the classes of the two sources differ.
+        exif: "auto", "upright" or "stored", see read_image.
     """
     if name == "shapes":
         train = Shapes("train", limit_train or SHAPES_IMAGES["train"], seed)
-    elif name == "coco":
-        train = Coco(*coco_files(data_path, files)[0], keep_empty, limit_train)
+        return train, load_test_set(name, train.classes, limit=limit_test, split=split)
+    data_path, *files = (path and Path(os.path.expanduser(path)) for path in (data_path, *files))
+    if name == "coco":
+        train = Coco(*coco_files(data_path, files)[:2], keep_empty, limit_train, train=True, exif=exif)
+        test = load_test_set(name, train.classes, data_path, years, files, limit_test, split, exif)
     else:
         if download:
             download_voc(data_path, years)
-        folders, train_split = voc_folders(data_path, years), "trainval" if split == "test" else "train"
-        lists = [(f, train_split) for f in folders] + [(f, split) for f in folders_with_list(folders, split)]
-        train = Voc(folders, train_split, voc_classes(lists), limit_train)
-    return train, load_test_set(name, train.classes, data_path, years, files, limit_test, split)
+        parts = [read_voc(data_path, years, part) for part in SPLITS[split]]
+        classes = voc_classes([image for images, _ in parts for image in images])
+        limits = (limit_train, limit_test)
+        train, test = (voc_source(p[0], classes, p[1], n, exif) for p, n in zip(parts, limits, strict=True))
+    if train.why_no_box:
+        raise UserError(train.why_no_box)
+    look_at_classes(train, test)
+    return train, test
 
 
-def load_test_set(name, classes, data_path="data", years=("2007",), files=(None,) * 4, limit=0, split="test"):
+def load_test_set(
+    name, classes, data_path="data", years=("2007",), files=(None,) * 4, limit=0, split="test", exif="auto"
+):
     """The test source alone, for a detector of the given classes; the other arguments as in load_dataset."""
     if name == "shapes":
         return Shapes(split, limit or SHAPES_IMAGES["test"])
+    data_path, *files = (path and Path(os.path.expanduser(path)) for path in (data_path, *files))
     if name == "voc":
-        return Voc(folders_with_list(voc_folders(data_path, years), split), split, classes, limit)
-    file, folder = coco_files(data_path, files)[1]
-    test = Coco(file, folder, limit=limit)
-    if test.classes != tuple(classes):
-        raise UserError(f"{file}: its categories are not those trained on: {difference(classes, test.classes)}")
-    return test
+        images, list_file = read_voc(data_path, years, split)
+        return voc_source(images, classes, list_file, limit, exif)
+    return Coco(*coco_files(data_path, files)[2:], limit=limit, classes=classes, exif=exif)
+
+
+def look_at_classes(train, test):
+    """Notes classes that are tested but not trained, and those that differ in case, spaces or Unicode form only."""
+    trained, tested = (set(source.labels[~source.ignored].tolist()) for source in (train, test))
+    missing = [train.classes[label - 1] for label in sorted(tested - trained)]
+    if missing:
+        test.notes.append(f"classes that have no box among the training images: {listed(missing, 10)}")
+    alike = defaultdict(list)
+    for name in train.classes:
+        alike[re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name)).casefold()].append(ascii(name))
+    pairs = [" and ".join(names) for names in alike.values() if len(names) > 1]
+    if pairs:
+        train.notes.append(f"classes that may be one, spelt in two ways: {listed(pairs)}")
 
 
 def difference(one, other):
     """How two lists of classes differ, in words."""
     lacks, more = [c for c in one if c not in other], [c for c in other if c not in one]
-    parts = [f"{what} {', '.join(map(str, names))}" for what, names in (("without", lacks), ("besides", more)) if names]
+    parts = [f"{what} {listed(names, 10)}" for what, names in (("without", lacks), ("besides", more)) if names]
     return "; ".join(parts) or "the same names in another order"

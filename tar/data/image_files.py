@@ -1,46 +1,79 @@
-"""Reading image files: pixels as the detectors take them, and what is unusual about a file."""
+"""Image files: finding them, what their headers say, and their pixels as the detectors take them."""
+
+import os
+import warnings
+from functools import cache
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
 from tar import UserError, one_line
 
+EXIF = ("auto", "upright", "stored")
 MAX_ASPECT = 50  # longer side over shorter; the detector's resize would leave nothing of a longer strip
 DEEP = ("I", "F")  # first letters of PIL's modes of more than 8 bits
-ORIENTATION = 0x0112  # EXIF's tag
-ROTATED = range(5, 9)  # its values that change width for height
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on it changes width for height
+
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # which is no orientation then
 
 
-def read_image(file, size=None):
-    """An image file as uint8 [3, H, W], whatever its own mode.
+def read_image(file, size=None, exif="auto"):
+    """An image file of any mode as uint8 [3, H, W]: grey in three equal channels, no alpha, 16 bits become 8.
 
-    Grey images get three equal channels, an alpha channel is left out, 16 bits become 8. The pixels stay as they are
-    stored, unless EXIF says the image is rotated and the annotations agree.
-
-    Args:
-        file: path.
-        size: (width, height) that the annotations give.
-
-    Raises:
-        UserError: the file cannot be read as an image, or is a strip; names it.
+    exif: "upright" turns it as EXIF's orientation says, "stored" does not. "auto" turns it unless the size (width,
+    height) that its annotation gives is that of the stored pixels only. (PIL itself turns a TIFF, always.)
+    UserError, which names the file, if it cannot be read as an image or is a strip.
     """
     try:
         with Image.open(file) as image:
-            if size and image.size != tuple(size) == image.size[::-1] and image.getexif().get(ORIENTATION) in ROTATED:
-                image = ImageOps.exif_transpose(image)
+            orientation = orientations(image, size, exif)[1]
             width, height = image.size
             if max(width, height) <= MAX_ASPECT * min(width, height):
-                return v2.pil_to_tensor(in_eight_bits(image).convert("RGB"))
+                return turn(v2.pil_to_tensor(in_eight_bits(image).convert("RGB")), torch.zeros(0, 4), orientation)[0]
     except Exception as error:  # decoders raise many kinds for a broken file, a bomb has one of its own
-        raise UserError(
-            f"{file}: cannot be read as an image ({one_line(error)}); replace it or take it off the list"
-        ) from None
+        reason = f"cannot be read as an image ({one_line(error)}); replace it or take it off the list"
+        raise UserError(f"{file}: {reason}") from None
     raise UserError(f"{file}: a strip of {width} x {height} pixels; take it off the list")
 
 
+def read_header(file, size=None, exif="auto"):
+    """(width, height) of what read_image gives, `orientations`, PIL's mode; None for a file that it cannot read."""
+    try:
+        with Image.open(file) as image:
+            given, used = orientations(image, size, exif)
+            return image.size[:: -1 if used >= 5 else 1], given, used, image.mode
+    except Exception:
+        return None
+
+
+def orientations(image, size=None, exif="auto"):
+    """EXIF's orientation of an image of PIL, 1 to 8, and the one by which read_image turns it; 1: as it is stored."""
+    try:
+        given = 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION)
+    except Exception:  # rubbish
+        given = 1
+    given = given if given in range(1, 9) else 1
+    width, height = image.size
+    as_stored = size and (width, height) == tuple(size) and width != height and given >= 5
+    return given, 1 if exif == "stored" or (exif == "auto" and as_stored) else given
+
+
+def turn(image, boxes, orientation):
+    """A stored image [3, H, W] as EXIF's orientation shows it, and its boxes float [N, 4] xyxy in pixels."""
+    if orientation >= 5:
+        image, boxes = image.transpose(1, 2), boxes[:, [1, 0, 3, 2]]
+    x0, y0, x1, y1 = boxes.unbind(1)
+    if orientation in (2, 3, 6, 7):
+        image, x0, x1 = image.flip(2), image.shape[2] - x1, image.shape[2] - x0
+    if orientation in (3, 4, 7, 8):
+        image, y0, y1 = image.flip(1), image.shape[1] - y1, image.shape[1] - y0
+    return image, torch.stack([x0, y0, x1, y1], 1)
+
+
 def in_eight_bits(image):
-    """An image of PIL whose values lie in 0..255: those of 16 bits are divided, others left as they are."""
+    """An image of PIL with values in 0..255: those of 16 bits are divided, others left as they are."""
     if image.mode[0] not in DEEP:
         return image
     values = np.asarray(image)
@@ -51,19 +84,33 @@ def in_eight_bits(image):
     return Image.fromarray(values.astype(np.uint8))
 
 
-def oddities(file, size=None):
-    """What is unusual about an image file, in words; [] for a plain one of three channels of 8 bits."""
-    with Image.open(file) as image:
-        words = {"L": "grey", "1": "one bit", "P": "palette", "CMYK": "CMYK", "RGBA": "alpha", "LA": "alpha"}
-        found = [] if image.mode == "RGB" else [words.get(image.mode, f"mode {image.mode}")]
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            found.append("EXIF orientation")
-        if size and tuple(size) not in (image.size, image.size[::-1]):
-            found.append("size other than its annotation says")
-        elif size and image.size != tuple(size) and image.getexif().get(ORIENTATION) not in ROTATED:
-            found.append("width and height exchanged in its annotation")
-        if min(image.size) < 32:
-            found.append("under 32 pixels")
-        if image.size[0] * image.size[1] > 25e6:
-            found.append("over 25 megapixels")
-        return found
+def oddities(file, size, exif="auto"):
+    """What is unusual about an image file that is thought to have a size (width, height): words, [] for a plain one."""
+    found, orientation, _, mode = read_header(file, size, exif)
+    words = {"L": "grey", "1": "one bit", "P": "palette", "CMYK": "CMYK", "RGBA": "alpha", "LA": "alpha"}
+    odd = [] if mode == "RGB" else [words.get(mode, f"mode {mode}")]
+    if orientation != 1:
+        odd.append("EXIF orientation")
+    if tuple(size) != found:
+        odd.append("width or height other than its annotation says")
+    return odd
+
+
+@cache
+def suffixes():
+    """The suffixes of the image files that can be decoded, in small letters."""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def files_in(folder):
+    """The paths of all files in a folder and its subfolders, linked ones too. UserError if a folder cannot be read."""
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:] = sorted({f for f in folders if os.path.realpath(os.path.join(place, f)) not in seen})
+        seen |= {os.path.realpath(os.path.join(place, f)) for f in folders}
+        yield from (os.path.join(place, name) for name in names)

@@ -3,16 +3,15 @@
 import atexit
 import multiprocessing
 import signal
+import sys
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as v2
 
 
 class Samples(Dataset):
-    """A source as a data set of torch. Its keys are (epoch, index), and a sample is a function of its key alone.
+    """A source as a data set of torch with keys (epoch, index); a sample is a function of its key alone.
 
     In training half of the images are flipped, as (seed, epoch, index) decides, and ignored boxes are left out.
     """
@@ -27,23 +26,18 @@ class Samples(Dataset):
         if self.train:
             boxes, labels, ignored = boxes[~ignored], labels[~ignored], ignored[~ignored]
             if np.random.default_rng((self.seed, epoch, index)).random() < 0.5:
-                boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=image.shape[-2:])
-                image, boxes = v2.horizontal_flip(image), v2.horizontal_flip(boxes).as_subclass(torch.Tensor)
+                (x0, y0, x1, y1), width = boxes.unbind(1), image.shape[-1]
+                image, boxes = image.flip(-1), torch.stack([width - x1, y0, width - x0, y1], 1)
         return image, {"boxes": boxes, "labels": labels, "ignored": ignored, "image_id": index}
 
 
 def train_batches(length, batch_size, seed, epoch, rank=0, world=1, wide=None):
-    """The keys of one process's training batches in one epoch.
+    """The keys, lists of (epoch, index), of one process's training batches in one epoch.
 
     Batch k of all processes together is the k-th slice of one order of the images; the order does not depend on the
     number of processes. The first images fill up the end, so that every process has the same number of batches.
-
-    Args:
-        wide: whether each image is wider than high, list of bool. Images of one orientation then share a batch as far
-            as possible, which saves padding. None: the order is a plain permutation.
-
-    Returns:
-        list of lists of (epoch, index).
+    Where `wide` says whether each image is wider than high, images of one orientation share a batch as far as possible,
+    which saves padding; without it the order is a plain permutation.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(length, generator=generator).tolist()
@@ -71,11 +65,17 @@ def make_loader(source, train, batches, seed=0, workers=0, pin_memory=False):
     return DataLoader(
         Samples(source, train, seed),
         batch_sampler=batches,
-        num_workers=workers,
+        **processes(workers),
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
     )
+
+
+def processes(workers):
+    """DataLoader's arguments for loader processes. On Linux they are forked: a new one would import torch again."""
+    forked = workers and sys.platform == "linux"
+    return {"num_workers": workers, "multiprocessing_context": "fork" if forked else None}
 
 
 def _ignore_signals(_):

@@ -14,15 +14,14 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 
 from tar import UserError
-from tar.detectors.backbones import build_backbone, stages_of
+from tar.detectors.backbones import build_backbone
 from tar.detectors.roi_align import PyramidRoIAlign
 
 DETECTORS = ("faster-rcnn", "retinanet")
-
-
+PYRAMID_NORMS = ("none", "batch")
 STRIDES = {  # of the pyramid levels, pixels of the resized image
     "faster-rcnn": (4, 8, 16, 32, 64),  # P2 .. P6
     "retinanet": (8, 16, 32, 64, 128),  # P3 .. P7
@@ -30,7 +29,19 @@ STRIDES = {  # of the pyramid levels, pixels of the resized image
 
 
 class FloatFPN(BackboneWithFPN):
-    """torchvision's backbone with FPN; its features leave as float32."""
+    """torchvision's backbone with FPN (Lin et al. 2017); its features leave as float32.
+
+    Args:
+        body: of Backbone, with the channels of its levels.
+        width: channels of every level of the pyramid.
+        coarser: makes the levels after stride 32.
+        norm: layer of normalisation, or None.
+    """
+
+    def __init__(self, body, channels, width, coarser, norm):
+        nn.Module.__init__(self)
+        self.body, self.out_channels = body, width
+        self.fpn = FeaturePyramidNetwork(channels, width, coarser, norm)
 
     def forward(self, x):
         return OrderedDict((name, level.float()) for name, level in super().forward(x).items())
@@ -73,6 +84,7 @@ def build_detector(
     norm=None,
     trainable_layers=None,
     fpn_channels=256,
+    pyramid_norm=None,
     head_channels=1024,
     anchor_scale=8,
     min_size=600,
@@ -89,21 +101,19 @@ def build_detector(
 
     Args:
         detector: "faster-rcnn" (Ren et al. 2015, with the FPN of Lin et al. 2017) or "retinanet" (Lin et al. 2017).
-        backbone: a key of BACKBONES.
+        backbone, backbone_weights, norm: as build_backbone; norm is frozen by default where weights are loaded.
         num_classes: without the background.
-        backbone_weights: "imagenet", "none" or a file, see build_backbone.
-        norm: "frozen" or "batch"; default frozen where weights are loaded, batch where there are none.
-        trainable_layers: how many of the backbone's five stages train, from the last; default 3 of a loaded
-            backbone, as torchvision does, and 5 of a fresh one.
-        fpn_channels: width of the pyramid.
-        head_channels: width of the box head's two hidden layers (Faster R-CNN).
+        trainable_layers: stages of the backbone's five that train, from the last; default 3 of a loaded one, else 5.
+        fpn_channels, head_channels: width of the pyramid, and of the box head's two hidden layers (Faster R-CNN).
+        pyramid_norm: "none" (the paper's) or "batch", of the pyramid; batch also puts group norm into RetinaNet's head.
+            Default: batch where norm is.
         anchor_scale: an anchor's side in strides of its level (RetinaNet: of the smallest of three); Faster R-CNN
             pools a region 28 times as large from stride 16.
         min_size, max_size: pixels of the shorter side after resizing, and limit of the longer.
         rois: regions an image that the box head trains on (25% positive at IoU >= 0.5; Faster R-CNN).
         roi_samples: sampling points a side in each of RoIAlign's 7 x 7 bins (Faster R-CNN).
-        rpn_top_n: proposals that the RPN takes from each level before non-maximum suppression, and from the image
-            after it: in training, in evaluation. RetinaNet takes as many detections of each level as the second.
+        rpn_top_n: in training, in evaluation: proposals from each level before non-maximum suppression, and from the
+            image after it; RetinaNet takes as many detections of each level as the second.
 
     Raises:
         UserError: an unknown detector or backbone, or weights that cannot be had.
@@ -113,14 +123,17 @@ def build_detector(
     loaded = backbone_weights != "none"
     norm = norm or ("frozen" if loaded else "batch")
     trained_stages = (3 if loaded else 5) if trainable_layers is None else trainable_layers
-    network = build_backbone(backbone, backbone_weights, norm)
-    body = pyramid(network, detector, trained_stages, fpn_channels, nn.BatchNorm2d if norm == "batch" else None)
     strides, classes, (training, testing) = STRIDES[detector], num_classes + 1, rpn_top_n
-    sizes = {"min_size": min_size, "max_size": max_size}
+    taken = build_backbone(backbone, backbone_weights, norm, strides[0], trained_stages)
+    normalised = (pyramid_norm or norm) == "batch"
+    # P2 to P5 and a pooled P6, or P3 to P5 and strided P6, P7
+    coarser = LastLevelMaxPool() if detector == "faster-rcnn" else LastLevelP6P7(fpn_channels, fpn_channels)
+    body = FloatFPN(taken.body, taken.channels, fpn_channels, coarser, nn.BatchNorm2d if normalised else None)
+    sizes = {"min_size": min_size, "max_size": max_size, "image_mean": taken.mean, "image_std": taken.std}
     if detector == "retinanet":
         scales = tuple(tuple(int(anchor_scale * s * 2 ** (k / 3)) for k in range(3)) for s in strides)
         anchors = AnchorGenerator(scales, ((0.5, 1.0, 2.0),) * len(strides))
-        per_cell, head_norm = anchors.num_anchors_per_location()[0], group_norm if norm == "batch" else None
+        per_cell, head_norm = anchors.num_anchors_per_location()[0], group_norm if normalised else None
         head = FloatRetinaNetHead(fpn_channels, per_cell, classes, norm_layer=head_norm)
         model = RetinaNet(body, classes, anchor_generator=anchors, head=head, topk_candidates=testing, **sizes)
     else:
@@ -142,20 +155,3 @@ def build_detector(
         )
     model.strides = strides
     return model
-
-
-def pyramid(network, detector, trained_stages, channels, norm):
-    """A classifier's stages with an FPN (Lin et al. 2017): P2 to P5 and a pooled P6, or P3 to P5 and strided P6, P7.
-
-    Args:
-        trained_stages: how many of the network's five stages train, from the last.
-        channels: of every level; norm: the FPN's layer of normalisation, or None.
-    """
-    network, stages, widths = stages_of(network)
-    trained = {name for stage in stages[5 - trained_stages :] for name in stage}
-    for name, child in network.named_children():
-        child.requires_grad_(name in trained)
-    first = 1 if detector == "faster-rcnn" else 2
-    taken = {stage[-1]: str(i) for i, stage in enumerate(stages[first:])}
-    more = LastLevelMaxPool() if detector == "faster-rcnn" else LastLevelP6P7(channels, channels)
-    return FloatFPN(network, taken, widths[first - 1 :], channels, extra_blocks=more, norm_layer=norm)

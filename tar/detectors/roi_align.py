@@ -1,4 +1,4 @@
-"""RoIAlign over a feature pyramid, as one sparse product on the CPU.
+"""RoIAlign over a feature pyramid; on the CPU as one sparse product.
 
 A pooled value is a weighted sum of cells, the same weights for every channel: RoIAlign is torch's `embedding_bag`
 with the cells of all levels and images as its table. torchvision's CPU kernel scatters the gradient value by value
@@ -8,11 +8,12 @@ backward, this class 165 ms (2 threads, median of 5 in turn). On a GPU torchvisi
 
 import torch
 import torch.nn.functional as F
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.poolers import initLevelMapper
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's MultiScaleRoIAlign, with the sparse product on the CPU.
+    """torchvision's MultiScaleRoIAlign with the levels' true strides; torchvision infers them from the first batch.
 
     Args:
         levels: names of the pyramid levels, finest first.
@@ -24,17 +25,19 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
 
     def __init__(self, levels, strides, output_size=7, sampling_ratio=2, canonical_scale=224):
         super().__init__(levels, output_size, sampling_ratio, canonical_scale=canonical_scale)
-        self.strides = strides
+        self.strides, self.scales = strides, [1 / s for s in strides]
+        finest, coarsest = (s.bit_length() - 1 for s in (strides[0], strides[-1]))
+        self.map_levels = initLevelMapper(finest, coarsest, canonical_scale)
 
     def forward(self, x, boxes, image_shapes):
         """Pools regions, as torchvision's: levels {name: [B, C, H_l, W_l]}, boxes a list of B [R, 4] xyxy in pixels of
         the resized image, image_shapes a list of B (height, width) -> float [sum R, C, output_size, output_size]."""
         features = [x[name] for name in self.featmap_names]
-        if features[0].is_cuda:
-            return super().forward(x, boxes, image_shapes)
         regions = torch.cat(boxes)
-        image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
-        level = pyramid_level(regions, self.strides, self.canonical_scale)
+        image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
+        level = self.map_levels(boxes)
+        if features[0].is_cuda:
+            return self.by_level(features, regions, image, level)
         index, weight = bilinear_cells(
             regions, image, level, features, self.strides, self.output_size[0], self.sampling_ratio
         )
@@ -42,20 +45,14 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         pooled = F.embedding_bag(index, cells, per_sample_weights=weight.to(cells.dtype), mode="sum")
         return pooled.unflatten(0, (-1, *self.output_size)).permute(0, 3, 1, 2)
 
-
-def pyramid_level(regions, strides, canonical_scale=224):
-    """Which level each region is pooled from: floor(4 + log2(sqrt(area) / canonical_scale)), level k has stride 2^k.
-
-    Args:
-        regions: float [R, 4] xyxy in pixels of the resized image.
-
-    Returns:
-        int64 [R], 0 for the first of strides.
-    """
-    side = (regions[:, 2:] - regions[:, :2]).prod(1).sqrt()
-    finest = strides[0].bit_length() - 1
-    level = torch.floor(4 + torch.log2(side / canonical_scale) + 1e-6) - finest
-    return level.clamp(0, len(strides) - 1).long()
+    def by_level(self, features, regions, image, level):
+        """The same by torchvision's kernel, which pools one level at a time: regions are sorted by level for it."""
+        order = level.argsort(stable=True)
+        counts = (level[:, None] == torch.arange(len(features), device=level.device)).sum(0).tolist()
+        rois = torch.cat([image[:, None].to(regions.dtype), regions], 1)[order].split(counts)
+        size, samples = self.output_size, self.sampling_ratio
+        levels = zip(features, rois, self.strides, strict=True)
+        return torch.cat([roi_align(f, r, size, 1 / s, samples) for f, r, s in levels])[order.argsort()]
 
 
 def bilinear_cells(regions, image, level, features, strides, bins, samples):

@@ -1,13 +1,12 @@
 """Ended runs side by side: opening their folders, and tables of their figures, latencies and APs by class."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tar import UserError
-from tar.evaluation.cost import latency
+from tar.evaluation.cost import flops, latency
 from tar.evaluation.markdown import markdown
 from tar.training import checkpoint
 from tar.training.run_folder import read_json, read_log
@@ -15,23 +14,11 @@ from tar.training.run_folder import read_json, read_log
 FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "voc07", "voc_area")
 
 
-@dataclass
-class Run:
-    """A run that has ended: its folder, and the contents of config.json, result.json and log.jsonl."""
-
-    name: str
-    folder: Path
-    settings: dict
-    result: dict
-    log: list
-
-    @property
-    def weights(self):
-        return self.folder / "last.pth"
-
-
 def open_runs(paths):
-    """The runs of some folders, or of files in them. Runs of one name get the parent folder's name before it."""
+    """The ended runs of some folders, or of files in them: name, folder, settings, result, log, weights (a file).
+
+    Runs of one name get the parent folder's name before it. UserError for a folder without an ended run.
+    """
     runs = []
     for path in map(Path, paths):
         folder = path.parent if path.is_file() else path
@@ -41,8 +28,10 @@ def open_runs(paths):
             if not (folder / name).is_file():
                 why = "the run has not ended" if (folder / "config.json").is_file() else "this is no folder of a run"
                 raise UserError(f"{folder}: has no {name}: {why}")
-        config, result = read_json(folder / "config.json"), read_json(folder / "result.json")
-        runs.append(Run(folder.name, folder, config, result, read_log(folder / "log.jsonl")))
+        run = SimpleNamespace(name=folder.name, folder=folder, weights=folder / "last.pth")
+        run.settings, run.result = read_json(folder / "config.json"), read_json(folder / "result.json")
+        run.log = read_log(folder / "log.jsonl")
+        runs.append(run)
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -61,28 +50,23 @@ def same_test(runs):
         raise UserError("these runs cannot be compared, for their classes differ")
 
 
-def flops(model, image):
-    """FLOP of one image in evaluation, of convolutions and matrix products; a multiply-add counts as two."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model([image.float() / 255])
-    return counter.get_total_flops()
-
-
+@torch.inference_mode()
 def figures(runs, test_set, process):
     """{run: {figure: value}} of each run; latencies are measured here, one run after the other."""
-    image, columns = test_set.load(0, 0)[0], {}
+    image, columns = test_set.load(0, 0)[0].float() / 255, {}
     for run in runs:
         model, saved = checkpoint.load_detector(run.weights)
-        column = {name: run.result[name] for name in FIGURES if name in run.result}
-        column |= {"backbone": saved["build"]["backbone"], "epochs": run.result["epochs"]}
-        column |= {"parameters (M)": run.result["parameters"] / 1e6, "GFLOP an image": flops(model, image) / 1e9}
-        column["ms an image"] = latency(process.place(model), test_set, process.device, process.autocast())
-        columns[run.name] = column
+        columns[run.name] = {
+            **{name: run.result[name] for name in FIGURES if name in run.result},
+            **{"backbone": saved["build"]["backbone"], "epochs": run.result["epochs"]},
+            **{"parameters (M)": run.result["parameters"] / 1e6, "GFLOP an image": flops(model, [image]) / 1e9},
+            "ms an image": latency(process.place(model), test_set, process.device, process.autocast()),
+        }
     return columns
 
 
 def figures_text(columns):
-    """A table of what figures() returns, a column a run."""
+    """A table of {run: {figure: value}}, a column a run."""
     names = {name: None for column in columns.values() for name in column}  # in order
     return markdown(["", *columns], [[name, *(column.get(name) for column in columns.values())] for name in names])
 
@@ -91,9 +75,8 @@ def class_text(runs):
     """A table of the AP of each class, a column a run; of two runs also the difference."""
     header, rows = ["class (AP)", *(run.name for run in runs)], []
     for name in runs[0].result["per_class"]:
-        values = [run.result["per_class"][name]["AP"] for run in runs]
-        row = [name, *values]
+        row = [run.result["per_class"][name]["AP"] for run in runs]
         if len(runs) == 2:
-            row.append(None if None in values else f"{values[1] - values[0]:+.1f}")
-        rows.append(row)
+            row.append(None if None in row else f"{row[1] - row[0]:+.1f}")
+        rows.append([name, *row])
     return markdown(header + ["difference"] * (len(runs) == 2), rows)

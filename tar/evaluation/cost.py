@@ -1,9 +1,10 @@
-"""What a detector and a distillation cost: milliseconds an image, and a distillation step's time in plain steps."""
+"""What a detector and a distillation cost: milliseconds an image, a distillation step's time in plain steps, FLOP."""
 
 import time
+from statistics import median
 
-import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tar.data.loader import to_device
 
@@ -20,38 +21,46 @@ def latency(model, source, device, autocast, images=20):
             scores = model(batch)[0]["scores"]
         scores.cpu()  # waits for the device
         seconds.append(time.perf_counter() - started)
-    return 1000 * float(np.median(seconds[3:] or seconds))  # the first are warm-up
+    return 1000 * median(seconds[3:] or seconds)  # the first are warm-up
 
 
 def cost_of_distillation(step, teacher, loader, optimizer, process):
-    """The time of a distillation step over the time of a plain step: a ratio of medians.
+    """The time of a distillation step over the time of a plain step: a ratio of medians over the loader's batches.
 
-    Each batch is timed once with each kind of step. The run is over by then: the learning rate is set to 0, and
-    the gradients are not averaged over processes.
-
-    Args:
-        step: a DistillationStep.
-        loader: gives the batches to time.
-        optimizer: the optimizer of the step's parameters.
-
-    Returns:
-        float.
+    step is a DistillationStep, optimizer that of its parameters. The run is over by then: the learning rate is set
+    to 0, and the gradients are not averaged over processes.
     """
-    seconds = {True: [], False: []}
+
+    def train_on(images, targets, teacher):
+        with process.autocast():
+            detection, distillation, _ = step(images, targets, teacher)
+        optimizer.zero_grad()
+        sum([*detection.values(), *distillation.values()]).backward()
+        optimizer.step()
+
+    distilled, plain = [], []
     step.train()
     step.adapters.requires_grad_(True)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for batch in loader:
-        images, targets = to_device(*batch, process.device)
-        for with_teacher in (True, False):
-            process.wait()
-            started = time.perf_counter()
-            with process.autocast():
-                detection, distillation, _ = step(images, targets, teacher if with_teacher else None)
-            optimizer.zero_grad()
-            sum([*detection.values(), *distillation.values()]).backward()
-            optimizer.step()
-            process.wait()
-            seconds[with_teacher].append(time.perf_counter() - started)
-    return float(np.median(seconds[True]) / np.median(seconds[False]))
+        batch = to_device(*batch, process.device)
+        distilled.append(timed(process, train_on, *batch, teacher))
+        plain.append(timed(process, train_on, *batch, None))
+    return median(distilled) / median(plain)
+
+
+def timed(process, call, *args):
+    """Seconds of a call, to the end of what it gave a GPU to do."""
+    process.wait()
+    started = time.perf_counter()
+    call(*args)
+    process.wait()
+    return time.perf_counter() - started
+
+
+def flops(call, *args):
+    """FLOP of a call: of convolutions and matrix products, two a multiply-add."""
+    with FlopCounterMode(display=False) as counter:
+        call(*args)
+    return counter.get_total_flops()

@@ -15,9 +15,8 @@ def detect(model, source, device, batch_size=1, workers=0, rank=0, world=1, prog
         a list with a dict for each image: image_id; ground truth gt_boxes [N, 4], gt_labels [N], gt_ignored bool [N];
         detections boxes [D, 4], labels [D], scores [D]. Numpy arrays; boxes are xyxy in pixels of the image.
     """
-    was_training = model.training
+    was_training, results = model.training, []
     model.eval()
-    results = []
     batches = test_batches(len(source), batch_size, rank, world)
     for images, targets in progress(make_loader(source, False, batches, workers=workers)):
         for target, found in zip(targets, model(to_device(images, [], device)[0]), strict=True):
@@ -30,25 +29,26 @@ def detect(model, source, device, batch_size=1, workers=0, rank=0, world=1, prog
     return results
 
 
-def evaluate(model, source, device, voc=False, batch_size=1, workers=0, progress=iter):
-    """The figures of a detector on a test source. With torch.distributed each process takes a part of the images.
+def evaluate(model, source, device, voc=False, batch_size=1, workers=0, progress=iter, group=None):
+    """The figures of a detector on a test source: those of coco_metrics(), and if voc also those of voc_metrics().
 
-    Args:
-        voc: compute VOC's mAP by both rules too.
-
-    Returns:
-        the dict of coco_metrics(), merged with that of voc_metrics() if voc; the same on every process.
+    With torch.distributed each process takes a part of the images, rank 0 computes the figures, and all return them.
+    group: of the processes, for what they send one another; default: that of the gradients.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    results = detect(model, source, device, batch_size, workers, rank, world, progress)
+    results, metrics = detect(model, source, device, batch_size, workers, rank, world, progress), None
     if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, results)
-        results = sorted((r for part in parts for r in part), key=lambda r: r["image_id"])
-    metrics = coco_metrics(results, source.classes, source if hasattr(source, "dataset") else None)
-    if voc:
-        extra = voc_metrics(results, source.classes)
-        rows = extra.pop("per_class")
-        metrics = {**metrics, **extra}
-        metrics["per_class"] = {name: {**row, **rows[name]} for name, row in metrics["per_class"].items()}
+        parts = [None] * world if rank == 0 else None
+        dist.gather_object(results, parts, 0, group)
+        results = sorted((r for part in parts or () for r in part), key=lambda r: r["image_id"])
+    if rank == 0:
+        metrics = coco_metrics(results, source.classes, source if hasattr(source, "annotations") else None)
+        if voc:
+            extra = voc_metrics(results, source.classes)
+            rows = {name: {**row, **extra["per_class"][name]} for name, row in metrics["per_class"].items()}
+            metrics = {**metrics, **extra, "per_class": rows}
+    if world > 1:
+        box = [metrics]
+        dist.broadcast_object_list(box, 0, group)
+        [metrics] = box
     return metrics

@@ -10,23 +10,32 @@ def figures_table(results):
     return markdown(["run", *figures, "epochs", "training minutes"], rows)
 
 
-def spread(values):
-    """Figures of several seeds as text: the mean, and the standard deviation of two or more; None if one is missing."""
+def class_table(per_class):
+    """A table of figures by class: {class: {figure: percent or None}} -> Markdown."""
+    return rows_table([{"class": name, **figures} for name, figures in per_class.items()])
+
+
+def rows_table(rows):
+    """A Markdown table of {column: cell} of each row; a column that a row lacks has a dash there."""
+    columns = {column: None for row in rows for column in row}  # in order
+    return markdown(list(columns), [[row.get(column) for column in columns] for row in rows])
+
+
+def spread(values, sign=""):
+    """Figures of several seeds as text: the mean (sign "+": with its sign), and the standard deviation of two or more.
+
+    None if there is none, or one is missing.
+    """
     if not values or None in values:
         return None
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return f"{mean(values):{sign}.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def markdown(header, rows):
-    """A Markdown table with aligned columns.
-
-    Args:
-        header: list of column titles.
-        rows: list of lists of cells; floats are shown with one digit, None as a dash.
-    """
-    cells = [header, *[[cell(value) for value in row] for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in cells]
+    """A Markdown table with aligned columns; rows: lists of cells."""
+    cells = [header, *[list(map(cell, row)) for row in rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     return "\n".join(lines)
 
@@ -36,9 +45,3 @@ def cell(value):
     if value is None:
         return "-"
     return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def class_table(per_class):
-    """A table of figures by class: {class: {figure: percent or None}} -> Markdown."""
-    header = ["class", *next(iter(per_class.values()))]
-    return markdown(header, [[name, *row.values()] for name, row in per_class.items()])

@@ -32,7 +32,7 @@ class SharedRegions:
 
     def positive(self):
         """The rows of positive regions only: another SharedRegions."""
-        kept = self.label > 0
+        kept = self.label.nonzero()[:, 0]  # the only time that the host waits for a GPU
         rows = {name: value[kept] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return SharedRegions(**rows, box_coder=self.box_coder, sigmoid=self.sigmoid)
 
@@ -70,19 +70,20 @@ def faster_rcnn_outputs(student, features, images, targets, teacher=None, teache
             regions, matched, labels, _ = heads.select_training_samples(teacher_proposals, targets)
             sets.append((regions, regions, labels, matched_boxes(targets, matched), None))
     rows = []
-    for mine, theirs, labels, gt_boxes, outputs in sets:
-        kept = [y > 0 if settings.soft_labels == "positive" else y >= 0 for y in labels]
-        mine, theirs = ([r[k] for r, k in zip(of_model, kept, strict=True)] for of_model in (mine, theirs))
-        kept = torch.cat(kept)
-        label = torch.cat(labels)[kept]
-        if outputs is None:
-            logits, deltas = box_head(student, features, mine, sizes)
-        else:
-            logits, deltas = (output[kept] for output in outputs)
+    for *of_images, outputs in sets:
+        if settings.soft_labels == "positive":
+            positive = [labels.nonzero()[:, 0] for labels in of_images[2]]  # here the host waits for a GPU
+            if outputs is not None:
+                sampled = [len(labels) for labels in of_images[2]]
+                outputs = (torch.cat(selected(output.split(sampled), positive)) for output in outputs)
+            of_images = [selected(each, positive) for each in of_images]
+        mine, theirs, labels, gt_boxes = of_images
+        logits, deltas = outputs or box_head(student, features, mine, sizes)
         with torch.no_grad():
             teacher_logits, teacher_deltas = box_head(teacher, teacher_features, theirs, sizes)
-        where = label, torch.cat(mine), torch.cat(theirs), torch.cat(gt_boxes)[kept]
-        rows.append((*where, logits, of_class(deltas, label), teacher_logits, of_class(teacher_deltas, label)))
+        label, *where = map(torch.cat, (labels, mine, theirs, gt_boxes))
+        both = logits, of_class(deltas, label), teacher_logits, of_class(teacher_deltas, label)
+        rows.append((label, *where, *both))
     return losses, SharedRegions(*map(torch.cat, zip(*rows, strict=True)), heads.box_coder, sigmoid=False)
 
 
@@ -100,17 +101,20 @@ def retinanet_outputs(student, features, images, targets, teacher=None, teacher_
     if teacher is None:
         return losses, None
 
-    with torch.no_grad():
-        teacher_outputs = teacher.head(list(teacher_features.values()))
+    both = [outputs["cls_logits"], outputs["bbox_regression"]] * 2
+    levels = list(teacher_features.values())
+    with torch.no_grad():  # where a level is off, the student's own outputs stand in: no loss reads them
+        if settings.weight_cls > 0:
+            both[2] = teacher.head.classification_head(levels).float()
+        if settings.weight_reg > 0:
+            both[3] = teacher.head.regression_head(levels).float()
     rows = []
     for i, target in enumerate(targets):
-        kept = matched[i] >= 0 if settings.soft_labels == "positive" else matched[i] >= -1
+        kept = (matched[i] >= (0 if settings.soft_labels == "positive" else -1)).nonzero()[:, 0]
         index = matched[i][kept]
-        label = torch.zeros_like(index)
-        label[index >= 0] = target["labels"][index[index >= 0]]
+        label = torch.cat([target["labels"], target["labels"].new_zeros(1)])[index]  # -1 is the last: background
         region, gt_box = anchors[i][kept], matched_boxes([target], [index.clamp(min=0)])[0]
-        both = [o[key][i][kept] for o in (outputs, teacher_outputs) for key in ("cls_logits", "bbox_regression")]
-        rows.append((label, region, region, gt_box, *both))
+        rows.append((label, region, region, gt_box, *(output[i][kept] for output in both)))
     return losses, SharedRegions(*map(torch.cat, zip(*rows, strict=True)), student.box_coder, sigmoid=True)
 
 
@@ -159,6 +163,11 @@ def nearest_proposals(proposals, teacher_proposals, targets, least=0.5):
 def anchor_generator(model):
     """A detector's own anchor generator."""
     return model.anchor_generator if isinstance(model, RetinaNet) else model.rpn.anchor_generator
+
+
+def selected(each, index):
+    """Rows of each tensor of a list, by its own int64 index."""
+    return [x[i] for x, i in zip(each, index, strict=True)]
 
 
 def of_class(deltas, label):

@@ -91,7 +91,7 @@ class DistillationStep(nn.Module):
         teacher_features = None
         if teacher is not None:
             with torch.no_grad():
-                teacher_features = teacher.backbone(pixels)
+                teacher_features = teacher.backbone(teacher_pixels(student, teacher, images))
 
         outputs = retinanet_outputs if isinstance(student, RetinaNet) else faster_rcnn_outputs
         with_heads = teacher is not None and (settings.weight_cls > 0 or settings.weight_reg > 0)
@@ -131,7 +131,7 @@ class DistillationStep(nn.Module):
     def head_losses(self, shared):
         """L_cls and L_reg of SharedRegions: distillation and seen, as forward()."""
         settings, distillation, seen = self.settings, {}, {}
-        positive = shared.positive()
+        positive = shared if settings.soft_labels == "positive" else shared.positive()
         positives = total_per_process(len(positive.label), device=shared.label.device, least=1.0)  # K
         if settings.weight_cls > 0:
             logits = shared.logits, shared.teacher_logits
@@ -148,6 +148,19 @@ class DistillationStep(nn.Module):
             seen["gate_open"] = total_per_process(gate.sum()) / positives
         seen["positives"] = shared.label.new_tensor(len(positive.label)).float()
         return distillation, seen
+
+
+def teacher_pixels(student, teacher, images):
+    """The student's resized images with the teacher's mean and standard deviation: float [B, 3, H, W], padded by 0."""
+    pixels = images.tensors.contiguous(memory_format=torch.channels_last)
+    own, wanted = ((t.image_mean, t.image_std) for t in (student.transform, teacher.transform))
+    if own == wanted:
+        return pixels
+    (mean, std), (its_mean, its_std) = (pixels.new_tensor(each).view(2, 3, 1, 1) for each in (own, wanted))
+    renormalised = torch.zeros_like(pixels)
+    for new, old, (height, width) in zip(renormalised, pixels, images.image_sizes, strict=True):
+        new[:, :height, :width] = (old[:, :height, :width] * std + mean - its_mean) / its_std
+    return renormalised
 
 
 def total_per_process(count, least=0.0, device=None):

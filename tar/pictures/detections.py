@@ -1,41 +1,37 @@
-"""Detections on single images: as tiles, and as files (--predict)."""
+"""Detections on image files, drawn and in COCO's format (--predict)."""
+
+import os
+from pathlib import Path
 
 import torch
+from torchvision.ops import box_convert
 
 from tar import UserError
-from tar.data.image_files import read_image
+from tar.data.image_files import files_in, read_image, suffixes
 from tar.data.loader import to_device
-from tar.pictures.images_to_show import make_folder
-from tar.pictures.tiles import WIDE, Tile
+from tar.data.source import counted
+from tar.pictures.tiles import WIDE, with_objects
 from tar.training import checkpoint
 
 
 @torch.inference_mode()
-def detect_one(model, image, device, threshold):
+def detect_one(model, image, threshold, device="cpu"):
     """Boxes [D, 4], labels [D] and scores [D] not below a threshold, of an image uint8 [3, H, W]; on the CPU."""
     found = model(to_device([image], [], device)[0])[0]
     kept = (found["scores"] >= threshold) & (found["labels"] > 0)
-    return tuple(found[key][kept].float().cpu() for key in ("boxes", "labels", "scores"))
+    return found["boxes"][kept].float().cpu(), found["labels"][kept].cpu(), found["scores"][kept].float().cpu()
 
 
-def detection_row(models, image, classes, device, threshold):
-    """Tiles: the detections of {title: detector}."""
-    tiles = []
-    for title, model in models.items():
-        boxes, labels, scores = detect_one(model, image, device, threshold)
-        tile = Tile(image, f"{title}: {len(boxes)} at {threshold:g} or more", WIDE)
-        tiles.append(tile.objects(boxes, labels, classes, scores))
-    return tiles
+def predict(model, classes, paths, process, threshold, folder):
+    """Detections on image files: each image drawn into a folder, and all as detections.json in COCO's format.
 
-
-def predict(model, classes, files, process, threshold, folder):
-    """Detections on image files: each image drawn into the folder, and all as detections.json in COCO's format.
-
-    A file that cannot be read is left out, with a line that names it; if none can, that is a UserError.
+    A file that cannot be read is left out, with a line that names it; if none can, it is a UserError.
     Returns the number of images and the number of detections.
     """
-    folder, digits = make_folder(folder), len(str(len(files)))
-    images, annotations = [], []
+    files, others = image_files(paths)
+    for note in counted("Left out, no images by their names", others):
+        process.say(note)
+    folder, images, annotations = make_folder(folder), [], []
     process.place(model)
     for number, file in enumerate(process.progress("detecting")(files), 1):
         try:
@@ -44,12 +40,13 @@ def predict(model, classes, files, process, threshold, folder):
             process.say(f"Left out: {error}")
             continue
         with process.autocast():
-            boxes, labels, scores = detect_one(model, image, process.device, threshold)
-        tile = Tile(image, "", side=min(max(max(image.shape[1:]), WIDE), 1600)).objects(boxes, labels, classes, scores)
-        tile.picture.save(folder / f"{number:0{digits}d}-{file.stem}.png")
-        images.append({"id": number, "file_name": str(file), "width": image.shape[2], "height": image.shape[1]})
-        sizes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()  # x, y, width, height
-        for box, label, score in zip(sizes, labels.int().tolist(), scores.tolist(), strict=True):
+            boxes, labels, scores = detect_one(model, image, threshold, process.device)
+        side = min(max(max(image.shape[1:]), WIDE), 1600)
+        picture = with_objects(image, boxes, labels, classes, scores, side)
+        picture.save(folder / f"{picture_name(file, f'{number:0{len(str(len(files)))}d}-')}.png")
+        images.append({"id": number, "file_name": file, "width": image.shape[2], "height": image.shape[1]})
+        boxes = box_convert(boxes, "xyxy", "xywh").tolist()
+        for box, label, score in zip(boxes, labels.tolist(), scores.tolist(), strict=True):
             about = {"id": len(annotations) + 1, "image_id": number, "category_id": label, "score": score}
             annotations.append({**about, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
     if not images:
@@ -58,3 +55,34 @@ def predict(model, classes, files, process, threshold, folder):
     coco = {"images": images, "annotations": annotations, "categories": categories}
     checkpoint.save_json(folder / "detections.json", coco)
     return len(images), len(annotations)
+
+
+def image_files(paths):
+    """The image files that paths name, where a folder stands for all images in it; and what else is in the folders."""
+    files, others, kinds = [], [], tuple(suffixes())
+    for path in map(os.path.expanduser, map(str, paths)):
+        try:
+            os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path}: no such image ({error.strerror})") from None
+        inside = sorted(files_in(path)) if os.path.isdir(path) else [path]
+        images = [file for file in inside if file == path or file.lower().endswith(kinds)]
+        if not images:
+            raise UserError(f"{path}: holds no image, but {len(inside)} other files")
+        others += sorted({*inside} - {*images})
+        files += images
+    return files, others
+
+
+def picture_name(file, prefix=""):
+    """The name of an image file's picture, without suffix; not longer than a name may be."""
+    return os.fsdecode(os.fsencode(prefix + Path(file).stem)[:240])
+
+
+def make_folder(folder):
+    """A folder, made if it is not there."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another --output") from None
+    return Path(folder)

@@ -1,8 +1,11 @@
 """Panels of the method on one image: mask, feature errors, shared regions, gate, soft labels. Input: a StepOnImage."""
 
-from tar.pictures.tiles import WIDE, Bars, Table, Tile, class_colour
+from torchvision.ops import box_iou
 
-PASSES, STOPPED, NEGATIVE = (0, 140, 60), (130, 130, 130), (170, 170, 170)  # a box at the gate; a background region
+from tar.method.regression_level import paired_iou
+from tar.pictures.tiles import SMALL, WIDE, class_colour, table, with_boxes, with_heat, with_objects
+
+PASSES, STOPPED = (0, 140, 60), (130, 130, 130)  # a box at the gate
 TEACHER, STUDENT = (60, 80, 150), (225, 125, 40)
 LISTED = 20  # regions whose IoUs are written out
 OBJECTS, CLASSES = 6, 5  # objects whose soft labels are drawn; their likeliest classes
@@ -10,70 +13,56 @@ OBJECTS, CLASSES = 6, 5  # objects whose soft labels are drawn; their likeliest 
 
 def method_rows(view, classes, level=None):
     """Rows of tiles: of one level ("backbone", "cls", "reg"), or of all three."""
+    truth = "ground truth", with_objects(view.image, view.target["boxes"], view.target["labels"], classes)
+    errors = heat_row(view, view.errors, "|adapter(F_S) - F_T| on {}, max {:.2f}")
     rows = {
-        "backbone": [mask_row(view, classes), error_row(view)],
+        "backbone": [[truth, *heat_row(view, view.masks, "mask on {}")], errors],
         "reg": [region_row(view)],
         "cls": [soft_label_row(view, classes)],
     }
-    chosen = [row for name in rows if level in (None, name) for row in rows[name] if row]
-    return chosen or [[ground_truth(view.image, view.target, classes, "no region to show")]]
+    return [row for name in rows if level in (None, name) for row in rows[name] if row]
 
 
-def ground_truth(image, target, classes, title="ground truth", **size):
-    return Tile(image, title, **size).objects(target["boxes"], target["labels"], classes)
-
-
-def mask_row(view, classes):
-    """Tiles: the ground truth, and the mask on each level of the pyramid."""
-    masks = [Tile(view.image, f"mask on {name}").heat(mask, cell, 1.0) for name, cell, mask, _ in view.levels]
-    return [ground_truth(view.image, view.target, classes), *masks]
-
-
-def error_row(view):
-    """Tiles: the distance of the student's features from the teacher's on each level; none without adapters."""
-    highest = max(float(error.max()) for *_, error in view.levels)
-    title = "|adapter(F_S) - F_T| on {}, max {:.2f}"
-    tiles = [Tile(view.image, title.format(n, e.max())).heat(e, cell, highest) for n, cell, _, e in view.levels]
-    return tiles if highest else []
+def heat_row(view, maps, title):
+    """Tiles: the maps of the levels of the pyramid on the image, on one scale; none without adapters."""
+    tiles, highest = [], max((float(values.max()) for values in maps), default=0.0) or 1.0
+    for stride, values in zip(view.strides, maps, strict=False):
+        name = title.format(f"P{stride.bit_length() - 1}", values.max())
+        tiles.append((name, with_heat(view.image, values, stride, highest)))
+    return tiles
 
 
 def region_row(view):
-    """Tiles: the shared regions, the teacher's boxes at the positive ones, and the IoUs that the gate compares."""
-    positive = view.label > 0
-    title = f"{len(view.label)} shared regions, {int(positive.sum())} positive (coloured)"
-    regions = Tile(view.image, title, WIDE)
-    background = view.regions[~positive]
-    for box in background if len(background) <= 200 else []:  # RetinaNet's anchors would hide the image
-        regions.box(box, NEGATIVE, width=1)
-    for box, label in zip(view.regions[positive], view.label[positive], strict=True):
-        regions.box(box, class_colour(label))
-    count, passing = len(view.gate), int(view.gate.sum())
-    title = f"teacher's boxes there: {passing} pass the gate (green), {count - passing} do not"
-    boxes = Tile(view.image, title, WIDE)
-    for i in view.gate.long().argsort(stable=True).tolist():  # boxes that pass lie on top
-        boxes.box(view.teacher_boxes[i], PASSES if view.gate[i] else STOPPED)
-    lines = [(("teacher's IoU", "region's IoU", "gate"), "black")]
-    for teacher_iou, region_iou, passes in list(zip(view.teacher_iou, view.region_iou, view.gate, strict=True))[
-        :LISTED
-    ]:
+    """Tiles: the positive regions, the teacher's boxes there, and the IoUs that the gate compares."""
+    positive, passing = view.positive, int(view.gate.sum())
+    regions = with_boxes(view.image, positive.region, [*map(class_colour, positive.label)], side=WIDE)
+    order = view.gate.long().argsort(stable=True)  # boxes that pass lie on top
+    colours = [PASSES if passes else STOPPED for passes in view.gate[order]]
+    teachers = with_boxes(view.image, view.teacher_boxes[order], colours, side=WIDE)
+    lines = [[(text, "black") for text in ("teacher's IoU", "IoU to beat", "gate")]]
+    ious = (paired_iou(boxes, positive.gt_box).tolist() for boxes in (view.teacher_boxes, view.to_beat))
+    for *both, passes in zip(*ious, view.gate, strict=True):
         word, colour = ("open", PASSES) if passes else ("closed", STOPPED)
-        lines.append(((f"{teacher_iou:.2f}", f"{region_iou:.2f}", word), colour))
-    more = f" (first {LISTED} of {count})" if count > LISTED else ""
-    beat = {"proposal": "the region's", "student": "the student's box's", "none": "nothing"}[view.reg_gate]
-    return [regions, boxes, Table(lines, f"IoU with the ground truth{more}; to beat: {beat}")]
+        lines.append([(cell, colour) for cell in (*both, word)])
+    return [
+        (f"{len(view.gate)} positive regions", regions),
+        (f"teacher's boxes there: {passing} pass the gate (green), {len(view.gate) - passing} do not", teachers),
+        (f"IoU with the ground truth (first {LISTED})", table(lines[: LISTED + 1])),
+    ]
 
 
 def soft_label_row(view, classes):
     """Tiles: both models' class probabilities at the best positive region of each object, as bars."""
-    tiles, positive_labels = [], view.label[view.label > 0]
-    for number in range(len(view.target["boxes"])):
-        # the ground-truth boxes are among the regions; they are left out
-        mine = ((view.object == number) & (view.region_iou < 0.999)).nonzero()[:, 0]
-        if len(mine) and len(tiles) < OBJECTS:
-            i = mine[view.region_iou[mine].argmax()]
-            both = view.teacher_probabilities[i], view.student_probabilities[i]
-            likeliest = both[0].maximum(both[1]).argsort(descending=True)[:CLASSES].tolist()
-            groups = [(classes[k], [float(model[k]) for model in both]) for k in likeliest]
-            title = f"a region on the {classes[int(positive_labels[i]) - 1]}"
-            tiles.append(Bars(groups, {"teacher": TEACHER, "student": STUDENT}, title))
+    tiles, positive = [], view.positive
+    both = [x.sigmoid() if positive.sigmoid else x.softmax(1) for x in (positive.teacher_logits, positive.logits)]
+    for box, label in zip(view.target["boxes"], view.target["labels"], strict=True):
+        overlap = box_iou(box[None], positive.region)[0] * (positive.gt_box == box).all(1)
+        overlap[overlap > 0.999] = 0  # the ground-truth boxes are among the regions; they are left out
+        if overlap.any() and len(tiles) < OBJECTS:
+            teacher, student = (model[overlap.argmax(), 1:] for model in both)  # without the background
+            lines = [[("", "black"), ("teacher", TEACHER), ("student", STUDENT)]]
+            for k in teacher.maximum(student).argsort(descending=True)[:CLASSES].tolist():
+                bars = (float(teacher[k]), TEACHER), (float(student[k]), STUDENT)
+                lines.append([(classes[k], "black"), *bars])
+            tiles.append((f"a region on the {classes[label - 1]}", table(lines, SMALL // 3)))
     return tiles

@@ -1,93 +1,78 @@
 """The models of a picture: a student, its teacher, and a plain student beside them."""
 
-import contextlib
+import os
 from dataclasses import replace
-from pathlib import Path
 
 from tar import UserError
 from tar.detectors.coco_teacher import build_coco_teacher
-from tar.method.step import DistillationSettings, DistillationStep
-from tar.pictures.detections import detection_row
+from tar.method.step import DistillationStep
+from tar.pictures.detections import detect_one
 from tar.pictures.images_to_show import flags_of
-from tar.pictures.method_panels import ground_truth, method_rows
+from tar.pictures.method_panels import method_rows
 from tar.pictures.step_on_image import step_on_image
-from tar.pictures.tiles import WIDE, sheet
+from tar.pictures.tiles import WIDE, sheet, with_objects
 from tar.training import checkpoint
 from tar.training.flags import distillation_settings
 
 
-class StudentAndTeacher:
-    """A student, its adapters, its teacher, and the plain student to compare it with; the last two may be None.
+class ModelsToShow:
+    """A student, its adapters, its teacher or None, and perhaps a plain student to compare it with, on the CPU.
 
-    Args:
-        weights: the student's checkpoint.
-        teacher_weights: default: as in the student's settings.
-        plain_weights: default: the run `plain` beside the student's, if it fits.
-
-    Raises:
-        UserError: a file that is not there, or models that do not belong together.
+    Args: checkpoints; the teacher's by default that of the student's settings.
+    Raises UserError: a file that is not there, or models that do not belong together.
     """
 
-    def __init__(self, weights, process, teacher_weights=None, plain_weights=None):
-        self.weights, self.device = Path(weights), process.device
-        self.student, self.saved = checkpoint.load_detector(weights)
-        settings, self.classes = self.saved["settings"], tuple(self.saved["classes"])
-        self.distilled = bool(settings.get("teacher"))
-        self.teacher = self._read_teacher(teacher_weights or settings.get("teacher_weights"), settings)
-        self.plain = self._read(plain_weights) if plain_weights else None
-        beside = self.weights.resolve().parent.parent / "plain/last.pth"
-        if plain_weights is None and beside.is_file() and beside != self.weights.resolve():
-            with contextlib.suppress(UserError):  # a run of this name by chance
-                self.plain = self._read(beside)
-        self.step = self._read_step(settings)
-        student = "TAR student" if self.distilled else "student"
-        models = {"plain student": self.plain, student: self.student, "teacher": self.teacher}
-        self.models = {name: model for name, model in models.items() if model is not None}
-        for model in (self.step, *self.models.values()):
-            process.place(model).eval()
+    def __init__(self, weights, teacher_weights=None, plain_weights=None):
+        student, saved = checkpoint.load_detector(weights)
+        self.classes, settings = saved["classes"], flags_of(saved["settings"])
+        teacher_weights, self.teacher = teacher_weights or settings.teacher_weights, None
+        if teacher_weights == "coco":
+            self.teacher = build_coco_teacher(settings.detector, self.classes, *settings.size)[0]
+        elif teacher_weights and not os.path.isfile(teacher_weights):
+            raise UserError(f"{teacher_weights}: the teacher of {weights} is not there; give --teacher-weights FILE")
+        elif teacher_weights:
+            self.teacher = self._read(teacher_weights, weights, saved)
+        self.models = {"plain student": self._read(plain_weights, weights, saved)} if plain_weights else {}
+        self.models["TAR student" if settings.teacher else "student"] = student
+        if self.teacher:
+            self.models["teacher"] = self.teacher
 
-    def _read(self, path):
-        model, saved = checkpoint.load_detector(path)
-        mine, its = ({**s["build"], "classes": tuple(s["classes"])} for s in (self.saved, saved))
-        for what in ("detector", "classes"):
-            if mine[what] != its[what]:
-                raise UserError(f"{path}: its {what}, {its[what]}, are not those of {self.weights}, {mine[what]}")
-        return model
-
-    def _read_teacher(self, path, settings):
-        if path == "coco":
-            return build_coco_teacher(settings["detector"], self.classes, *settings["size"])[0]
-        if path and not Path(path).is_file():
-            raise UserError(f"{path}: the teacher of {self.weights} is not there; give --teacher-weights FILE")
-        return self._read(path) if path else None
-
-    def _read_step(self, settings):
-        distillation = distillation_settings(flags_of(settings)) if self.distilled else DistillationSettings()
-        adapters = self.saved["adapters"] if self.teacher else {}
+        distillation, adapters = distillation_settings(settings), saved["adapters"] if self.teacher else {}
         if not adapters:
             distillation = replace(distillation, weight_backbone=0.0)
         width = self.teacher.backbone.out_channels if self.teacher else 1
-        step = DistillationStep(self.student, distillation, width)
+        self.step = DistillationStep(student, distillation, width).eval()
         try:
-            step.adapters.load_state_dict(adapters)
+            self.step.adapters.load_state_dict(adapters)
         except RuntimeError:
-            raise UserError(f"{self.weights}: its adapters do not lead to this teacher's features") from None
-        return step
+            raise UserError(f"{weights}: its adapters do not lead to this teacher's features") from None
+
+    @staticmethod
+    def _read(path, weights, saved):
+        """The detector of a checkpoint that shall be of the student's kind and classes."""
+        model, other = checkpoint.load_detector(path)
+        its, students = (f"{s['build']['detector']} of {', '.join(s['classes'])}" for s in (other, saved))
+        if its != students:
+            raise UserError(f"{path}: a {its}, but {weights} is a {students}")
+        return model
 
     def panel(self, image, target, threshold, title, level=None):
-        """A picture of PIL of an image uint8 [3, H, W]: the method and the detections of all models.
+        """A picture of PIL of an image uint8 [3, H, W]: the method, with a teacher, and the detections of all models.
 
         Args:
-            target: boxes and labels; None, or no teacher: detections only.
+            target: boxes and labels.
             threshold: least score of a detection.
             level: "backbone", "cls" or "reg": this level only.
         """
         rows = []
-        if target is not None and self.teacher is not None:
-            view = step_on_image(self.step, self.teacher, image, target, self.device)
-            rows = method_rows(view, self.classes, level)
+        if self.teacher:
+            rows = method_rows(step_on_image(self.step, self.teacher, image, target), self.classes, level)
         if not rows or level is None:
-            rows.append(detection_row(self.models, image, self.classes, self.device, threshold))
-        if target is not None and self.teacher is None:
-            rows[0].insert(0, ground_truth(image, target, self.classes, side=WIDE))
+            truth = target["boxes"], target["labels"], self.classes
+            row = [("ground truth", with_objects(image, *truth, side=WIDE))]
+            for name, model in self.models.items():
+                boxes, labels, scores = detect_one(model, image, threshold)
+                picture = with_objects(image, boxes, labels, self.classes, scores, WIDE)
+                row.append((f"{name}: {len(boxes)} at {threshold:g} or more", picture))
+            rows.append(row)
         return sheet(rows, title)

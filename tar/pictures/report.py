@@ -5,128 +5,60 @@ import html
 import io
 
 from tar import UserError
-from tar.evaluation.average_precision import recall_curves
-from tar.evaluation.compare_runs import FIGURES
-from tar.evaluation.detect import detect
-from tar.evaluation.markdown import cell
-from tar.pictures.charts import COLOURS, recall_chart, training_charts
-from tar.pictures.images_to_show import flags_of, load_test_image, open_test_set
-from tar.pictures.models_to_show import StudentAndTeacher
+from tar.evaluation.compare_runs import class_text, figures_text
+from tar.pictures.charts import training_charts
+from tar.pictures.images_to_show import flags_of, images_to_show, open_test_set
+from tar.pictures.models_to_show import ModelsToShow
 from tar.tables.rows import command_of
-from tar.training import checkpoint
 
 PANELS = 2  # images of the test set whose panel is shown, of each run
 STYLE = """
-* { box-sizing: border-box; }
-body { background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 1240px; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin-bottom: .3rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; } td, th { padding: .15rem .5rem; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap; } th { white-space: normal; }
-td:first-child, th:first-child { text-align: left; }
-pre { background: color-mix(in srgb, var(--ink) 7%, var(--paper)); padding: .6rem; overflow-x: auto; }
-svg { width: 100%; max-width: 640px; height: auto; display: block; } svg text { fill: var(--ink); font-size: 12px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { color: var(--pale); font-size: .85rem; }
-img { max-width: 100%; height: auto; background: #fff; } .note { color: var(--pale); }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1240px; padding: 1rem; }
+h3 { font-size: 1rem; } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
+figure { display: inline-block; margin: 0; max-width: 100%; } svg { width: 600px; } svg text { font-size: 12px; }
+img { max-width: 100%; } figcaption { max-width: 600px; font-size: .85rem; }
 """
 
 
-def report(runs, process, threshold, given):
+def report(runs, threshold, given):
     """The text of the HTML page.
 
     Args:
-        runs: list of tar.evaluation.compare_runs.Run, all of the same test set.
+        runs: of tar.evaluation.compare_runs.open_runs(), all of the same test set.
         threshold: least score of a detection in the pictures.
         given: flags of eval.py that replace the runs' own.
     """
-    sections = {"Results": results_table(runs) + "<h3>By class</h3>" + class_table(runs)}
+    results = {run.name: {k: v for k, v in run.result.items() if not isinstance(v, dict)} for run in runs}
+    sections = {"Results": text(figures_text(results)), "Classes": text(class_text(runs))}
     sections["Training"] = training_charts(runs)
-    try:
-        source = open_test_set(flags_of(runs[0].settings, **given), tuple(runs[0].result["per_class"]))
-        sections["Precision and recall"] = recall_chart({r.name: recall_of(r, source, process) for r in runs})
-    except UserError as error:
-        source = None
-        sections["Detections"] = note(error)
-    for run in runs if source else []:
+    for run in runs:
         try:
-            models = StudentAndTeacher(run.weights, process, given.get("teacher_weights"))
-            images = [load_test_image(source, index) for index in range(min(PANELS, len(source)))]
-            panels = [png(models.panel(*image, threshold, name), f"{run.name}: {name}") for name, *image in images]
+            models = ModelsToShow(run.weights, given["teacher_weights"])
+            source = open_test_set(flags_of(run.settings, **given), models.classes)
+            images = images_to_show([str(PANELS)], source)
+            panels = [picture(models.panel(image, target, threshold, name)) for name, image, target in images]
             sections[f"Pictures of {run.name}"] = "".join(panels)
         except UserError as error:
-            sections[f"Pictures of {run.name}"] = note(error)
-    sections["Settings"] = settings_table(runs)
-    commands = ""
-    for run in runs:
-        words = "--seed", run.settings["seed"], "--output", run.folder
-        commands += f"{run.name}:\n{command_of(flags_of(run.settings), *words)}\n\n"
-    sections["Commands"] = f"<pre>{html.escape(commands)}</pre>"
-    return page(", ".join(run.name for run in runs), sections)
+            sections[f"Pictures of {run.name}"] = text(f"Left out: {error}")
+    settings = {run.name: {**run.settings, **run.result["environment"]} for run in runs}
+    words = {name: {k: v if v is None else str(v) for k, v in column.items()} for name, column in settings.items()}
+    sections["Settings"] = text(figures_text(words))
+    ends = {run.name: ("--seed", run.settings["seed"], "--output", run.folder) for run in runs}
+    commands = [f"{run.name}:\n{command_of(flags_of(run.settings), *ends[run.name])}" for run in runs]
+    sections["Commands"] = text("\n\n".join(commands))
+
+    title = html.escape(", ".join(run.name for run in runs))
+    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}\n" for heading, content in sections.items())
+    head = f'<meta charset="utf-8"/><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{body}</body></html>\n'
 
 
-def recall_of(run, source, process):
-    """A run's curves for recall_chart()."""
-    model = process.place(checkpoint.load_detector(run.weights)[0])
-    with process.autocast():
-        results = detect(model, source, process.device, 8, progress=process.progress(run.name))
-    return recall_curves(results, source.classes, source if hasattr(source, "dataset") else None)
+def text(words):
+    return f"<pre>{html.escape(words)}</pre>"
 
 
-def results_table(runs):
-    names = [name for name in FIGURES if any(name in run.result for run in runs)]
-    header = ["run", *names, "parameters (M)", "epochs", "training minutes", "ms an image"]
-    rows = []
-    for run in runs:
-        r = run.result
-        cost = r["parameters"] / 1e6, r["epochs"], r["seconds"] / 60, r["ms_per_image"]
-        rows.append([run.name, *map(r.get, names), *cost])
-    return table(header, rows)
-
-
-def class_table(runs):
-    """AP of each class."""
-    classes = runs[0].result["per_class"]
-    rows = [[name, *(run.result["per_class"][name]["AP"] for run in runs)] for name in classes]
-    return table(["class (AP)", *(run.name for run in runs)], rows)
-
-
-def settings_table(runs):
-    """Settings and environment."""
-    each = [{**run.settings, **run.result.get("environment", {})} for run in runs]
-    names = {name: None for settings in each for name in settings}  # in order
-    rows = [[name, *(_word(settings.get(name)) for settings in each)] for name in names]
-    return table(["setting", *(run.name for run in runs)], rows)
-
-
-def note(error):
-    return f'<p class="note">Left out: {html.escape(str(error))}</p>'
-
-
-def _word(value):
-    return "-" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def table(header, rows):
-    """A table as HTML; floats have one digit."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell(v))}</td>" for v in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def png(picture, caption):
+def picture(panel):
     """A picture of PIL inside of the page."""
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    data, text = base64.b64encode(file.getvalue()).decode(), html.escape(caption)
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"/><figcaption>{text}</figcaption></figure>'
-
-
-def page(title, sections):
-    """The whole page. sections: {heading: HTML}."""
-    body = "".join(f"<section><h2>{html.escape(head)}</h2>{text}</section>\n" for head, text in sections.items())
-    head = '<meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>'
-    head += f'<link rel="icon" href="data:,"/><title>{html.escape(title)}</title><style>{COLOURS}{STYLE}</style>'
-    body = f"<body><h1>{html.escape(title)}</h1>\n{body}</body>"
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n{body}</html>\n'
+    panel.save(file, "PNG", optimize=True)
+    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"/>'

@@ -4,80 +4,61 @@ from dataclasses import dataclass, replace
 
 import torch
 from torchvision.models.detection import RetinaNet
-from torchvision.ops import box_iou
+from torchvision.transforms.v2 import functional as v2
 
 from tar.data.loader import to_device
-from tar.method.proposal_sharing import faster_rcnn_outputs, retinanet_outputs
-from tar.method.regression_level import paired_iou, regression_gate
+from tar.method.backbone_level import adapted_features
+from tar.method.proposal_sharing import SharedRegions, faster_rcnn_outputs, retinanet_outputs
+from tar.method.regression_level import regression_gate
+from tar.method.step import teacher_pixels
 
 
 @dataclass
 class StepOnImage:
-    """L pyramid levels, R shared regions, P positive ones. Boxes are xyxy in pixels of the image; all on the CPU."""
+    """L pyramid levels, P positive regions; boxes are xyxy in pixels of the resized image."""
 
-    image: torch.Tensor  # uint8 [3, H, W]
+    image: torch.Tensor  # uint8 [3, H, W], resized
     target: dict  # boxes [N, 4], labels [N] from 1
-    levels: list  # L (name, (width, height) of a cell in pixels of the image, mask, feature error), both [H_l, W_l]
-    regions: torch.Tensor  # [R, 4]
-    label: torch.Tensor  # int64 [R], the true class, 0 for background
-    region_iou: torch.Tensor  # [P], IoU of region and ground truth
-    teacher_boxes: torch.Tensor  # [P, 4], decoded from the regions
-    teacher_iou: torch.Tensor  # [P], IoU of the teacher's box and ground truth
+    strides: list  # of the L levels
+    masks: list  # L float [H_l, W_l]
+    errors: list  # L float [H_l, W_l], the mean over the channels of |adapter(F_S) - F_T|; [] without adapters
+    positive: SharedRegions
+    teacher_boxes: torch.Tensor  # [P, 4], decoded from the teacher's regions
     gate: torch.Tensor  # bool [P], the regression gate
-    reg_gate: str  # what the teacher's box must beat
-    object: torch.Tensor  # int64 [P], index of the ground-truth box
-    teacher_probabilities: torch.Tensor  # [P, classes], without the background
-    student_probabilities: torch.Tensor
+    to_beat: torch.Tensor  # [P, 4], what the teacher's box is compared with there: the region or the student's box
 
 
 @torch.inference_mode()
-def step_on_image(step, teacher, image, target, device):
-    """Runs teacher and student on one image, with the student's proposals.
+def step_on_image(step, teacher, image, target):
+    """Runs teacher and student on one image, on the CPU.
 
     Args:
-        step: a DistillationStep; without adapters the feature errors are 0.
+        step: a DistillationStep in evaluation mode.
         image: uint8 [3, H, W]; target: boxes float [N, 4] xyxy in its pixels, labels int64 [N] from 1.
     """
     student, settings = step.student, step.settings
-    images, targets = student.transform(*to_device([image], [target], device))
-    pixels = images.tensors.contiguous(memory_format=torch.channels_last)
-    features, teacher_features = student.backbone(pixels), teacher.backbone(pixels)
-    teacher_maps = list(teacher_features.values())
-    masks = step.masks(images, targets, teacher_maps)
-    errors = [torch.zeros_like(mask) for mask in masks]
+    images, targets = student.transform(*to_device([image], [target], torch.device("cpu")))
+    features = student.backbone(images.tensors)
+    teacher_features = teacher.backbone(teacher_pixels(student, teacher, images))
+    maps, teacher_maps = list(features.values()), list(teacher_features.values())
+    masks, errors = step.masks(images, targets, teacher_maps), []
     if len(step.adapters):
-        adapted = [adapter(f) for adapter, f in zip(step.adapters, features.values(), strict=True)]
-        # the mean over the channels of |adapter(F_S) - F_T|
-        errors = [(a.float() - t.float()).abs().mean(1) for a, t in zip(adapted, teacher_maps, strict=True)]
-    height, width = images.image_sizes[0]
-    to_image = torch.tensor([image.shape[2] / width, image.shape[1] / height] * 2)
-    levels = []
-    for stride, mask, error in zip(student.strides, masks, errors, strict=True):
-        inside = 0, slice(-(-height // stride)), slice(-(-width // stride))  # without the padding
-        cell = float(stride * to_image[0]), float(stride * to_image[1])
-        levels.append((f"P{stride.bit_length() - 1}", cell, mask[inside].float().cpu(), error[inside].cpu()))
+        adapted, *_ = adapted_features(step.adapters, maps, teacher_maps, masks, sparse=False)
+        errors = [(a - t).abs().mean(1)[0] for a, t in zip(adapted, teacher_maps, strict=True)]
     outputs = retinanet_outputs if isinstance(student, RetinaNet) else faster_rcnn_outputs
-    all_regions = replace(settings, soft_labels="all", proposals="student", no_sharing=False)
-    _, shared = outputs(student, features, images, targets, teacher, teacher_features, all_regions)
+    both_heads = replace(settings, weight_cls=1.0, weight_reg=1.0)
+    _, shared = outputs(student, features, images, targets, teacher, teacher_features, both_heads)
     positive, box_coder = shared.positive(), shared.box_coder
-    teacher_boxes = box_coder.decode_single(positive.teacher_deltas, positive.region)
+    student_boxes = box_coder.decode_single(positive.deltas, positive.region)
     where = positive.region, positive.teacher_region, positive.gt_box
-    gate = regression_gate(settings.reg_gate, box_coder, positive.deltas, positive.teacher_deltas, *where)
-    number = box_iou(positive.gt_box, targets[0]["boxes"]).argmax(1) if len(gate) else positive.label
-    logits = positive.teacher_logits.float(), positive.logits.float()
-    probabilities = [(x.sigmoid() if positive.sigmoid else x.softmax(1))[:, 1:].cpu() for x in logits]
     return StepOnImage(
-        image=image,
-        target=target,
-        levels=levels,
-        regions=shared.region.cpu() * to_image,
-        label=shared.label.cpu(),
-        region_iou=paired_iou(positive.region, positive.gt_box).cpu(),
-        teacher_boxes=teacher_boxes.cpu() * to_image,
-        teacher_iou=paired_iou(teacher_boxes, positive.gt_box).cpu(),
-        gate=gate.cpu(),
-        reg_gate=settings.reg_gate,
-        object=number.cpu(),
-        teacher_probabilities=probabilities[0],
-        student_probabilities=probabilities[1],
+        image=v2.resize(image, images.image_sizes[0]),
+        target=targets[0],
+        strides=student.strides,
+        masks=[mask[0] for mask in masks],
+        errors=errors,
+        positive=positive,
+        teacher_boxes=box_coder.decode_single(positive.teacher_deltas, positive.teacher_region),
+        gate=regression_gate(settings.reg_gate, box_coder, positive.deltas, positive.teacher_deltas, *where),
+        to_beat=student_boxes if settings.reg_gate == "student" else positive.region,
     )

@@ -1,12 +1,15 @@
-"""Tiles, and sheets of tiles. A tile is an image with boxes or a heat map on it, lines of text, or bars."""
+"""Sheets of tiles. A tile is a title and a picture of PIL: an image with boxes or a heat map on it, or a table."""
 
 import colorsys
 
-import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.v2 import functional as v2
+from torchvision.utils import draw_bounding_boxes
 
 SMALL, WIDE, GAP, LINE = 232, 480, 8, 18  # pixels: longer side of a tile, space between tiles, height of a line
+FONT = ImageFont.load_default(13)
+DARK, BRIGHT = (torch.tensor(colour).view(3, 1, 1) for colour in ((40, 0, 90), (255, 225, 60)))
 
 
 def class_colour(label):
@@ -15,106 +18,59 @@ def class_colour(label):
     return tuple(round(255 * c) for c in colorsys.hls_to_rgb(hue, 0.38, 0.9))
 
 
-def write(draw, place, text, colour="black", size=13):
-    draw.text(place, text, fill=colour, font=ImageFont.load_default(size))
+def with_boxes(image, boxes=(), colours=(), names=None, side=SMALL):
+    """An image uint8 [3, H, W] at `side` pixels of its longer side, with boxes [N, 4] xyxy in pixels of the image."""
+    scale = side / max(image.shape[1:])
+    image = v2.resize(image, [max(round(scale * n), 1) for n in image.shape[1:]])
+    if len(boxes):
+        text = {"fill_labels": True, "label_colors": "white"}
+        image = draw_bounding_boxes(image, boxes * scale, names, colours, width=2, **text)
+    return v2.to_pil_image(image)
 
 
-class Tile:
-    """An image with a title above it. Boxes are xyxy in pixels of the image.
-
-    Args:
-        image: uint8 [3, H, W].
-        side: pixels of the tile's longer side.
-    """
-
-    def __init__(self, image, title, side=SMALL):
-        self.scale = side / max(image.shape[1:])
-        size = [max(round(self.scale * n), 1) for n in (image.shape[2], image.shape[1])]
-        self.picture = v2.to_pil_image(image).resize(size, Image.Resampling.BICUBIC)
-        self.title, self.side = title, side
-
-    def box(self, box, colour, text="", width=2):
-        """Draws a box, with a text in its upper left corner. Returns the tile."""
-        draw = ImageDraw.Draw(self.picture)
-        x0, y0, x1, y1 = (float(v) * self.scale for v in box)
-        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=width)
-        if text:
-            wide = draw.textlength(text, font=ImageFont.load_default(12)) + 4
-            x, y = max(min(x0, self.picture.width - wide), 0), max(y0 - LINE, 0)
-            draw.rectangle((x, y, x + wide, y + LINE), fill=colour)
-            write(draw, (x + 2, y + 1), text, "white", 12)
-        return self
-
-    def objects(self, boxes, labels, classes, scores=None):
-        """Draws boxes with their class names and scores, the best on top. Returns the tile."""
-        for i in range(len(boxes)) if scores is None else scores.argsort().tolist():
-            name = classes[int(labels[i]) - 1] + (f" {float(scores[i]):.2f}" if scores is not None else "")
-            self.box(boxes[i], class_colour(labels[i]), name)
-        return self
-
-    def heat(self, values, cell, highest=None):
-        """Lays a map over the image, from dark (0) to bright yellow (`highest`). Returns the tile.
-
-        Args:
-            values: float [h, w].
-            cell: width and height of a cell in pixels of the image; the last cells may reach over its border.
-            highest: default: the largest value.
-        """
-        share = (values / (highest or float(values.max()) or 1.0)).clamp(0, 1).numpy()
-        columns, rows = (
-            ((np.arange(n) + 0.5) / self.scale // side).astype(int).clip(max=count - 1)
-            for n, side, count in zip(self.picture.size, cell, share.shape[::-1], strict=True)
-        )
-        share = share[rows][:, columns][..., None]
-        hot = np.array([255, 225, 60]) * share + np.array([40, 0, 90]) * (1 - share)
-        mixed = 0.35 * np.asarray(self.picture.convert("L").convert("RGB")) + 0.65 * hot
-        self.picture = Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
-        return self
+def with_objects(image, boxes, labels, classes, scores=None, side=SMALL):
+    """The same with the boxes' classes and scores; the first box lies on top."""
+    names = [classes[label - 1] for label in labels.tolist()]
+    if scores is not None:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist(), strict=True)]
+    return with_boxes(image, boxes.flip(0), [*map(class_colour, labels.flip(0))], names[::-1], side)
 
 
-class Table:
-    """A tile with lines of text in columns. lines: list of (cells, colour)."""
-
-    def __init__(self, lines, title, side=WIDE, column=92):
-        self.title, self.side = title, side
-        self.picture = Image.new("RGB", (side, LINE * len(lines)), "white")
-        draw = ImageDraw.Draw(self.picture)
-        for row, (cells, colour) in enumerate(lines):
-            for i, text in enumerate(cells):
-                write(draw, (2 + column * i, LINE * row), text, colour)
+def with_heat(image, values, stride, highest):
+    """The same with values [h, w] on it, dark where 0, bright where `highest`; stride: of their cells, in pixels."""
+    cells = (values / highest).clamp(0, 1).repeat_interleave(stride, 0).repeat_interleave(stride, 1)
+    share = cells[: image.shape[1], : image.shape[2]]  # without the padding
+    mixed = 0.35 * v2.rgb_to_grayscale(image, 3) + 0.65 * (BRIGHT * share + DARK * (1 - share))
+    return with_boxes(mixed.to(torch.uint8))
 
 
-class Bars:
-    """A tile with groups of bars. groups: list of (name, lengths in 0..1); key: {name of each length: colour}."""
-
-    def __init__(self, groups, key, title, side=SMALL):
-        self.title, self.side = title, side
-        high, left = 2 * LINE, 84
-        self.picture = Image.new("RGB", (side, high * len(groups) + LINE), "white")
-        draw, wide = ImageDraw.Draw(self.picture), side - left - 44
-        for row, (name, lengths) in enumerate(groups):
-            write(draw, (2, high * row + 6), name, size=12)
-            for i, (length, colour) in enumerate(zip(lengths, key.values(), strict=True)):
-                y = high * row + i * (LINE - 3)
-                draw.rectangle((left, y + 3, left + wide * length, y + LINE - 3), fill=colour)
-                write(draw, (left + wide * length + 4, y + 1), f"{length:.2f}", size=11)
-        for i, (name, colour) in enumerate(key.items()):
-            write(draw, (left + 70 * i, high * len(groups)), name, colour, size=12)
+def table(lines, column=92):
+    """Lines of cells as a picture. A cell is (a text, or a number in 0..1 for a bar with the number; its colour)."""
+    picture = Image.new("RGB", (column * len(lines[0]), LINE * len(lines)), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, cells in enumerate(lines):
+        for i, (value, colour) in enumerate(cells):
+            x, y = column * i, LINE * row
+            if isinstance(value, float):
+                draw.rectangle((x, y + 3, x + value * (column - 44), y + LINE - 4), fill=colour)
+                x, value = x + value * (column - 44) + 4, f"{value:.2f}"
+            draw.text((x, y), value, colour, FONT)
+    return picture
 
 
 def sheet(rows, title):
-    """Rows of tiles as one picture of PIL in 256 colours, with a title above them."""
-    heights = [LINE + max(tile.picture.height for tile in row) + 2 * GAP for row in rows]
-    width = max(sum(tile.side + GAP for tile in row) for row in rows) + GAP
-    page = Image.new("RGB", (width, LINE + 2 * GAP + sum(heights)), "white")
-    draw, y = ImageDraw.Draw(page), LINE + 2 * GAP
-    write(draw, (GAP, GAP), title, size=15)
-    for row, height in zip(rows, heights, strict=True):
+    """Rows of (title, picture) as one picture of PIL in 256 colours, with a title above them."""
+    places, right, y = [], 0, LINE + 2 * GAP
+    for row in rows:
         x = GAP
-        for tile in row:
-            write(draw, (x, y), tile.title)
-            page.paste(tile.picture, (x, y + LINE))
-            x += tile.side + GAP
-        y += height
-    # an octree keeps small bright lines as they are
+        for text, picture in row:
+            places.append((x, y, text, picture))
+            x += max(SMALL, picture.width, round(FONT.getlength(text))) + GAP
+        right, y = max(right, x), y + LINE + max(picture.height for _, picture in row) + 2 * GAP
+    page = Image.new("RGB", (right, y), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, GAP), title, "black", FONT)
+    for x, y, text, picture in places:
+        draw.text((x, y), text, "black", FONT)
+        page.paste(picture, (x, y + LINE))
     return page.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)

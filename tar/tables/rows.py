@@ -4,11 +4,9 @@ import shlex
 from dataclasses import dataclass, field
 
 from tar.tables.print_table import DISTILLED, EQUAL, PLAIN, TEACHER
-from tar.training.flags import DISTILLATION, LEVELS, TABLE_DATASETS, parse, parser
-from tar.training.recipes import RECIPES
+from tar.training.flags import DISTILLATION, LEVELS, parse
 from tar.training.run_folder import changed, teacher_of
 
-PAPERS_TEST_IMAGES = {"voc": 4952, "coco": 5000}  # the paper's figures are shown beside figures of its own data only
 TEACHERS_FLAGS = {"teacher", "teacher_weights", "teacher_epochs"}  # flags that a row of the whole method may change
 CONSTANT = {"decay": "none", "decay_end": 1.0}  # flags of a row without decay
 
@@ -94,7 +92,7 @@ class Row:
         if self.kind == TEACHER:
             args = teacher_of(args)
         alone = {"teacher": None, "teacher_weights": None, "epochs": epochs or args.epochs}
-        usual = {**vars(parse([])), **RECIPES[args.recipe or args.dataset]}
+        usual = vars(parse(["--recipe", args.recipe or args.dataset]))
         return changed(args, **alone, **{name: usual[name] for name in DISTILLATION})
 
 
@@ -120,31 +118,20 @@ def rows_of(args, parent):
     return [*rows, Row("student, equal cost", EQUAL)]
 
 
-def papers_setting(args, test_images):
-    """Whether a table was measured with the paper's data and models."""
-    detector = "retinanet" if args.table == "retinanet" else "faster-rcnn"
-    models = (args.detector, args.student, args.teacher) == (detector, "r50", "r101")
-    return models and args.dataset == TABLE_DATASETS[args.table] and test_images == PAPERS_TEST_IMAGES[args.dataset]
-
-
 def command_of(args, *more):
     """The command line that gives these flags: what differs from the defaults of their data set or recipe.
 
-    Args:
-        more: words to end with, for example seed and output, which the rows of a table do not name.
+    more: words to end with, for example seed and output, which the rows of a table do not name.
     """
     words = ["--student", args.student]
     for name, default in (("dataset", "shapes"), ("detector", "faster-rcnn"), ("recipe", None)):
         words += [f"--{name}", getattr(args, name)] * (getattr(args, name) != default)
-    usual = parse(words)
-    for action in parser()._actions:
-        name, value = action.dest, getattr(args, action.dest, None)
-        switched_off = any(name == f"weight_{level}" and getattr(args, f"no_{level}") for level in LEVELS)
-        apart = name in ("table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student")
-        unused = name in DISTILLATION and not args.teacher
-        if apart or unused or switched_off or (action.dest == "decay" and "--no-decay" in action.option_strings):
-            continue
-        if value is not None and value != getattr(usual, name, None):
+    apart = {"table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student"}
+    apart |= {f"weight_{level}" for level in LEVELS if getattr(args, f"no_{level}")}  # --no-LEVEL says it
+    apart |= set() if args.teacher else set(DISTILLATION)
+    for name, usual in vars(parse(words)).items():
+        value = getattr(args, name, None)
+        if name not in apart and value not in (None, usual):
             values = [] if value is True else value if isinstance(value, list) else [value]
-            words += [action.option_strings[0], *map(str, values)]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return "python train.py " + shlex.join([*words, *map(str, more)])

@@ -8,7 +8,7 @@ from statistics import fmean, mean
 
 from tar import UserError
 from tar.tables.print_table import DISTILLED, EQUAL, FIGURES, table_text
-from tar.tables.rows import command_of, papers_setting, rows_of
+from tar.tables.rows import command_of, rows_of
 from tar.training import checkpoint
 from tar.training.flags import TABLE_DATASETS, contradiction
 from tar.training.run_folder import changed, read_log
@@ -25,7 +25,7 @@ def run_table(args, process, train):
             -> ({title: result.json's dict}, the student's last, and its folder).
     """
     teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
-    given = args.teacher
+    with_teacher = args.teacher or args.teacher_weights
     args = changed(args, student=args.student or student, teacher=args.teacher or teacher)
     if args.dataset == "shapes" and not args.teacher_weights:  # about as long as a plain student of equal cost
         args.teacher_epochs = args.teacher_epochs or args.epochs * 5 // 4
@@ -35,10 +35,11 @@ def run_table(args, process, train):
         wrong = contradiction(row.flags(args))
         if wrong:
             raise UserError(f"--table {args.table}, row {row.title}: {wrong}")
-    if (args.teacher_weights or given) and any(row.changes.get("teacher") for row in rows):
+    if with_teacher and any(row.changes.get("teacher") for row in rows):
         text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
         raise UserError(f"--table {args.table}: {text}")
     table = {"table": args.table or "demo", "dataset": args.dataset, "detector": args.detector, "split": args.split}
+    table["papers"] = args.dataset == TABLE_DATASETS.get(args.table)  # else its figures are of other data
     process.runs_ahead = 0.0 if args.table else ALL_OVER_TEACHER
     file = parent / f"table-{table['table']}-{args.dataset}-{args.detector}.json"
     for row in sorted(rows, key=lambda row: row.kind == EQUAL):
@@ -49,11 +50,10 @@ def run_table(args, process, train):
             results, folder = train(changed(flags, seed=seed), process, parent, row.folder, title)
             *_, result = results.values()
             process.runs_ahead = 0.0
-            row.runs.append(process.shared(process.alone(summary_of, result, folder, seed)))
-        images = result["test_images"]
-        table |= {"test_images": images, "papers": args.table in TABLE_DATASETS and papers_setting(args, images)}
+            row.runs.append(process.shared(process.on_main(summary_of, result, folder, seed)))
+        table["test_images"] = result["test_images"]
         table["rows"] = [{k: v for k, v in asdict(r).items() if k not in ("changes", "folder")} for r in rows]
-        process.alone(checkpoint.save_text, file, json_of(table))
+        process.on_main(checkpoint.save_text, file, json_of(table))
     process.say("\n" + table_text(table))
     run = parent / costly(rows)[0].runs[0]["folder"]
     process.say(f"Table: {file}. Next: python eval.py --weights {run / 'last.pth'}")
@@ -70,18 +70,15 @@ def epochs_of_equal_cost(args, rows, process):
     costs = {row.title: mean(run["cost"] for run in row.runs) for row in costly(rows)}
     dearest = max(costs, key=costs.get)
     epochs = max(math.ceil(args.epochs * costs[dearest]), args.epochs)
-    which = f" ({dearest})" if len(costs) > 1 else ""
     text = f"costs {costs[dearest]:.2f} plain trainings: {epochs} epochs for {args.epochs}"
-    process.say(f"\nThe distillation{which} {text}.")
+    process.say(f"\nThe distillation ({dearest}) {text}.")
     return epochs
 
 
 def summary_of(result, folder, seed):
-    """What a table keeps of a run: figures in percent (also of each class, and at each evaluation), cost and gate.
+    """What a table keeps of a run, of its result.json and the log.jsonl of its folder.
 
-    Args:
-        result: result.json's dict; its cost is in plain trainings of the same epochs.
-        folder: of the run, with log.jsonl.
+    Figures in percent, also of each class and at each evaluation; cost in plain trainings of the same epochs; gate.
     """
 
     def chosen(figures, names=("AP", "AP50", "voc07")):
@@ -102,28 +99,20 @@ def summary_of(result, folder, seed):
 
 
 def gate_by_quarter(log):
-    """The part of the positives that the regression gate lets through in each quarter of a run: four numbers, percent.
+    """Percent of the positives that the regression gate lets through in each quarter of a run: four numbers, or None.
 
-    A number is None where the teacher was not used; all is None for a run without a gate.
-
-    Args:
-        log: lines of log.jsonl; each is the mean of the steps since the line before.
+    A number is None where the teacher was not used. log: lines of log.jsonl, means of the steps since the line before.
     """
     steps = [line for line in log if "metrics" not in line]
     quarters, before = [[] for _ in range(4)], 0
     for line in steps:
         if "gate_open" in line:
-            quarters[4 * before // steps[-1]["step"]].append((100 * line["gate_open"], line["step"] - before))
+            quarters[4 * before // steps[-1]["step"]] += [100 * line["gate_open"]] * (line["step"] - before)
         before = line["step"]
-    means = [fmean(*zip(*quarter, strict=True)) if quarter else None for quarter in quarters]  # weighted with the steps
-    return means if any(quarters) else None
+    return [fmean(quarter) if quarter else None for quarter in quarters] if any(quarters) else None
 
 
 def json_of(table):
-    """A table as JSON, one run a line."""
-    rows = []
-    for row in table["rows"]:
-        start = json.dumps({name: value for name, value in row.items() if name != "runs"})[:-1]
-        rows.append(f'{start}, "runs": [\n' + ",\n".join(map(json.dumps, row["runs"])) + "]}")
-    start = json.dumps({name: value for name, value in table.items() if name != "rows"}, indent=1)[:-2]
-    return f'{start},\n "rows": [\n' + ",\n".join(rows) + "]}\n"
+    """A table as JSON, one row a line; its last entry is the rows."""
+    start = json.dumps({**table, "rows": []}).removesuffix("[]}")
+    return start + "[\n" + ",\n".join(map(json.dumps, table["rows"])) + "\n]}\n"

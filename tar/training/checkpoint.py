@@ -3,8 +3,8 @@
 import contextlib
 import json
 import os
+import warnings
 import zipfile
-from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -12,42 +12,35 @@ import torch
 
 from tar import UserError, one_line
 from tar.detectors.build import build_detector
-from tar.training.run_state import RunState
 
 FORMAT = 3
 PREVIOUS = "previous.pth"
+PROGRAMS = ("ultralytics", "detectron2", "mmengine", "mmcv")  # words in their checkpoints
 
 
 def save(path, state):
-    """Writes a checkpoint through a temporary file, so that a crash leaves the old one in place.
+    """Writes a checkpoint; the one that was there is kept beside it as previous.pth. UserError: it cannot be written.
 
-    The one that was there is kept beside it as previous.pth.
-
-    Args:
-        path: file to write.
-        state: dict of tensors and plain values; "model" (a state dict), "build" (the arguments of build_detector)
-            and "classes" (names) and "settings" (flags) make it one that load_detector understands.
-
-    Raises:
-        UserError: it cannot be written.
+    state: tensors and plain values; "model" (a state dict), "build" (the arguments of build_detector), "classes" and
+    "settings" (flags) are needed to read it. A temporary file is written first: a crash leaves the old file in place.
     """
-    _write(path, lambda file: torch.save({"format": FORMAT, **state}, file), "wb", keep=Path(path).with_name(PREVIOUS))
+    _write(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=Path(path).with_name(PREVIOUS))
 
 
 def save_json(path, value):
-    """Writes a value as JSON, through a temporary file as save does."""
+    """Writes a value as JSON."""
     save_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def save_text(path, text):
-    """Writes a text, through a temporary file as save does."""
-    _write(path, lambda file: file.write(text), "w")
+    """Writes a text."""
+    _write(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
-def _write(path, write, mode, keep=None):
+def _write(path, write, keep=None):
     temporary = Path(f"{path}.tmp")
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -63,82 +56,46 @@ def _write(path, write, mode, keep=None):
 
 
 def load(path):
-    """Reads a checkpoint onto the CPU; weights_only, so that code inside a file never runs.
-
-    Raises:
-        UserError: no such file, or none of ours.
-    """
+    """Reads a checkpoint onto the CPU; code inside a file never runs. UserError: no such file, or none of ours."""
     try:
-        sound = not zipfile.is_zipfile(path) or zipfile.ZipFile(path).testzip() is None
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch warns of a TorchScript file before it refuses it
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        sound = zipfile.ZipFile(path).testzip() is None  # torch does not look at the checksums
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except UnpicklingError:
-        raise UserError(f"{path}: holds more than tensors and plain values, or is cut short; not loaded") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        raise UserError(f"{path}: cannot be read as a checkpoint ({one_line(error)})") from error
+        unsafe = "holds more than tensors and plain values, or is cut short"
+        what = _what_it_is(path) or (unsafe if isinstance(error, UnpicklingError) else one_line(error))
+        raise UserError(f"{path}: cannot be read as a checkpoint ({what})") from error
     if not sound:
         raise UserError(f"{path}: damaged, its content does not fit its checksums; not loaded")
     if not isinstance(state, dict) or not {"format", "model", "build", "classes", "settings"} <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of train.py (it lacks the model's settings or classes)")
+        tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+        what = _what_it_is(path) or ("a state dict" if tensors else "of another program")
+        raise UserError(f"{path}: {what}, not a checkpoint of train.py: it has no settings and classes")
     if state["format"] != FORMAT:
         raise UserError(f"{path}: written in format {state['format']}, this code reads format {FORMAT}")
     return state
 
 
-def load_latest(folder, say):
-    """The newest sound checkpoint of a run's folder: last.pth, or the one before it; None if there is none.
-
-    Args:
-        say: told in a line, if last.pth could not be used.
-    """
-    last, previous = Path(folder) / "last.pth", Path(folder) / PREVIOUS
-    if last.is_file():
-        try:
-            return load(last)
-        except UserError as error:
-            if not previous.is_file():
-                raise UserError(f"{error}; remove it to start the run anew") from error
-            state = load(previous)
-            say(f"{error}: going on from {previous}; the damaged file is kept as {last}.damaged")
-            with contextlib.suppress(FileNotFoundError):  # another process has done so
-                os.replace(last, f"{last}.damaged")
-            return state
-    return load(previous) if previous.is_file() else None
-
-
-def save_run(output, about, state, module, optimizer, scaler, guard, process):
-    """Writes a run's last.pth, by rank 0: all that the run needs to go on exactly, and to rebuild the detector.
-
-    Args:
-        output: the run's folder.
-        about: build, classes and settings, see save().
-        state: RunState; module: DistillationStep.
-    """
-    state.bad_steps, state.streak = int(guard.total), int(guard.streak)
-    state.sums = {name: process.average(value.float()) for name, value in state.sums.items()}
-    saved = {**about, **vars(state), "model": module.student.state_dict(), "adapters": module.adapters.state_dict()}
-    saved |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    process.alone(save, output / "last.pth", saved)
-
-
-def restore(saved, module, optimizer, scaler, device):
-    """Puts a checkpoint of save_run() back into what was built anew; returns its RunState."""
-    module.student.load_state_dict(saved["model"])
-    module.adapters.load_state_dict(saved["adapters"])
-    optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
-    state = RunState(**{field.name: saved[field.name] for field in fields(RunState)})
-    state.sums = {name: value.to(device) for name, value in state.sums.items()}
-    return state
+def _what_it_is(path):
+    """What a file is that train.py has not written, in words; None if its bytes do not tell."""
+    if os.path.isdir(path):
+        return "a folder, give the last.pth in it"
+    names, content = [], b""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            names = [os.path.basename(name) for name in file.namelist()]
+            content = b"".join(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
+    elif os.path.isfile(path):
+        content = Path(path).read_bytes()[: 1 << 20]
+    if "constants.pkl" in names:
+        return "a TorchScript model, give the last.pth of its run"
+    return next((f"a checkpoint of {name}" for name in PROGRAMS if name.encode() in content.lower()), None)
 
 
 def load_detector(path):
-    """The detector of a checkpoint, in evaluation mode on the CPU, and the whole checkpoint.
-
-    Raises:
-        UserError: as load, or weights that do not fit their own settings.
-    """
+    """The detector of a checkpoint, in evaluation mode on the CPU, and the whole checkpoint; UserError as load()."""
     state = load(path)
     try:
         model = build_detector(**{**state["build"], "backbone_weights": "none"})

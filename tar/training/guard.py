@@ -1,19 +1,20 @@
 """Steps that are not finite: kept away from the weights, counted, and after too many the end of the run."""
 
 import math
-from dataclasses import dataclass
+from collections import namedtuple
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tar import UserError, one_line
+from tar import UserError
 
 
 class Diverged(UserError):
     """Too many steps in a row were not finite; exit code 3."""
 
-    code, once = 3, True
+    code = 3
 
 
 class Guard:
@@ -22,13 +23,8 @@ class Guard:
     Nothing here waits for the device: the optimizer's fused kernel is given a flag that lives there and leaves the
     weights and its own state alone where the flag is set. Batch norm's running statistics are put back likewise.
 
-    Args:
-        module: what is trained.
-        optimizer: a fused one of torch.
-        scaler: a GradScaler; an enabled one (fp16) leaves out steps that overflow itself, which belongs to its search
-            for a scale: they count as bad only where the scale can fall no further.
-        device: of the module.
-        total, streak: bad steps of the run so far, and those in a row at its end.
+    An enabled scaler (fp16) leaves out steps that overflow itself, in its search for a scale: they count as bad only
+    where the scale can fall no further. total, streak: bad steps of the run so far, and those in a row at its end.
     """
 
     def __init__(self, module, optimizer, scaler, device, total=0, streak=0):
@@ -48,19 +44,13 @@ class Guard:
         return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
     def step(self, loss, clip_grad=0.0):
-        """Applies the gradients, unless they are not finite.
+        """Applies the gradients of poisoned(loss), unless they are not finite; clip_grad: their largest norm, 0: any.
 
-        Args:
-            loss: of this step, a scalar tensor; its gradient was taken of poisoned(loss).
-            clip_grad: largest norm of the gradient; 0: no limit.
-
-        Returns:
-            a bool tensor, whether the step was bad; the norm of the gradient before the clip, a scalar tensor. Both are
-            the same on all processes, as the gradients are.
+        Returns whether the step was bad (bool tensor) and the gradient's norm before the clip (scalar tensor): the same
+        on all processes, as the gradients are.
         """
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if clip_grad:
             nn.utils.clip_grads_with_norm_(self.parameters, clip_grad, norm)
         bad = ~torch.isfinite(norm)
@@ -83,85 +73,34 @@ class Guard:
         return bad, norm
 
 
-def diverged(history, source, measure, output, process):
-    """The end of a run whose steps are not finite: an error that says where it began, what grew, and what to do.
+# A step that is done: whether it was bad, its number from 1, its images' keys, its terms and its gradient's norm.
+Done = namedtuple("Done", "bad step keys terms norm")
 
-    Args:
-        history: list of Done, the last steps; some of them in a row were bad.
-        source: of the images.
-        measure: {term: norm of its weighted gradient} of a Done's images, see gradient_norms(); called where there is
-            a finite step before the bad ones.
-        output: the run's folder, whose checkpoint is sound.
-    """
-    bad = [bool(done.bad) for done in history]
-    first = max((i for i in range(len(bad)) if bad[i] and not (i and bad[i - 1])), key=lambda i: _streak(bad, i))
+
+def diverged(run):
+    """The end of a run whose steps are not finite: an error that says where it began, what grew, and what to do."""
+    history, process = list(run.history), run.process
+    streaks = list(accumulate((int(done.bad) for done in history), lambda streak, bad: (streak + 1) * bad))
+    first = streaks.index(max(streaks)) + 1 - max(streaks)  # of the longest row of bad steps
     terms = history[first].terms
     names = sorted(terms, key=lambda name: name == "loss")  # the sum last
     wrong = next((name for name in names if not torch.isfinite(terms[name])), None)
-    images = ", ".join(source.name(*key) for key in history[first].keys)
+    images = ", ".join(run.train_set.name(*key) for key in history[first].keys)
     found = process.gathered((wrong, images))
     wrong, images = next((pair for pair in found if pair[0]), ("the gradient alone", "; ".join(i for _, i in found)))
-    before = f"; {_sizes(history[first - 1], measure, process)}" if first else ""
-    saved = (output / "last.pth").is_file()
-    kept = f"the checkpoint in {output} is sound" if saved else f"{output} has no checkpoint yet"
+    before = ""
+    if first:
+        done = history[first - 1]
+        means = {name: process.average(value.clone().float()).item() for name, value in done.terms.items()}
+        each = ", ".join(f"{name} {means[name]:.3g} ({norm:.3g})" for name, norm in run.gradient_norms(done).items())
+        before = (
+            f"; the last finite step was {done.step}, with a gradient of norm {done.norm.item():.3g} and the terms (in "
+            f"brackets the norms of their weighted gradients, measured again after it) {each}"
+        )
+    saved = (run.output / "last.pth").is_file()
+    kept = f"the checkpoint in {run.output} is sound" if saved else f"{run.output} has no checkpoint yet"
     return Diverged(
         f"stopped at step {history[-1].step}: too many steps in a row were not finite, first {wrong}, on {images}; "
         f"none was applied{before}. Try a lower --lr, --clip-grad 10 or --amp none in a new --output, and look at "
         f"these images; {kept}"
     )
-
-
-def _streak(bad, i):
-    return next((k for k, one in enumerate(bad[i:]) if not one), len(bad) - i)
-
-
-def _sizes(done, measure, process):
-    """The terms of a step in words, each with the norm of its weighted gradient."""
-    norms = measure(done)
-    means = {
-        name: process.average(value.detach().clone().float()).item()
-        for name, value in done.terms.items()
-        if name in norms
-    }
-    each = ", ".join(f"{name} {means[name]:.3g} ({norm:.3g})" for name, norm in norms.items())
-    return (
-        f"the last finite step was {done.step}, with a gradient of norm {done.norm.item():.3g} and the terms (in "
-        f"brackets the norms of their weighted gradients, measured again after it) {each}"
-    )
-
-
-def gradient_norms(step, batch, teacher, weights, process):
-    """The norm of each loss term's gradient, weighted, over the images of all processes: {name: float}.
-
-    Args:
-        step: a DistillationStep, not wrapped by DDP.
-        batch: images and targets on the device.
-        weights: {name of a distillation term: its weight, the decay included}; the detector's own losses have 1.
-    """
-    parameters = [p for p in step.parameters() if p.requires_grad]
-    with process.autocast():
-        detection, distillation, _ = step(*batch, teacher)
-    norms = {}
-    for name, value in {**detection, **distillation}.items():
-        loss = weights.get(name, 1.0) * value
-        each = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        flat = [torch.zeros_like(p) if g is None else g for g, p in zip(each, parameters, strict=True)]
-        norms[name] = process.average(torch.cat([g.flatten() for g in flat])).double().norm().item()
-    return norms
-
-
-@dataclass
-class Done:
-    """A step that is done: whether it was bad, its number from 1, the keys of its images, its terms and gradient."""
-
-    bad: torch.Tensor
-    step: int
-    keys: list
-    terms: dict
-    norm: torch.Tensor
-
-
-def out_of_memory(error):
-    """A UserError for a GPU that is too small."""
-    text = one_line(error).split(" Tried to allocate")[0]
-    return UserError(f"{text} Give a smaller --batch-size or --size; what was saved is kept").for_all()

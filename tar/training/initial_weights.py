@@ -7,12 +7,7 @@ from tar.training import checkpoint
 
 
 def read_teacher(args, classes):
-    """The teacher of --teacher-weights, and its checkpoint.
-
-    Raises:
-        UserError: it is of another detector type, another backbone or other classes than the flags and the data say,
-            or its anchors are others, where both heads run on the anchors.
-    """
+    """The teacher of --teacher-weights, and its checkpoint; UserError if it is not what the flags and the data say."""
     if args.teacher_weights == "coco":
         teacher, build = build_coco_teacher(args.detector, classes, *args.size)
         saved = {"build": build, "classes": list(classes), "settings": {}}
@@ -40,15 +35,3 @@ def start_from(student, path, build, classes):
     except RuntimeError as error:
         its = {k: v for k, v in saved["build"].items() if v != build.get(k)}
         raise UserError(f"{path}: not the weights of this student; it was built with {its}") from error
-
-
-def inherit(student, teacher):
-    """--inherit: copies the teacher's pyramid and heads into the student where shapes match; how many tensors did."""
-    mine = student.state_dict()
-    fitting = {
-        name: value
-        for name, value in teacher.state_dict().items()
-        if not name.startswith("backbone.body") and name in mine and mine[name].shape == value.shape
-    }
-    student.load_state_dict({**mine, **{name: value.float() for name, value in fitting.items()}})
-    return len(fitting)

@@ -1,7 +1,7 @@
-"""Argparse with errors of one line, and kinds of numbers that flags take."""
+"""Argparse with errors of one line, kinds of numbers that flags take, and the flags that all programs have."""
 
 import argparse
-import sys
+import os
 from difflib import get_close_matches
 
 
@@ -17,15 +17,16 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and that knows the nearest right name of a flag that does not exist."""
 
     def parse_args(self, args=None, namespace=None):
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        for word in sys.argv[1:] if args is None else args:
-            name = str(word).split("=")[0]
-            if name.startswith("--") and not any(flag.startswith(name) for flag in flags):
-                near = get_close_matches(name, flags, 1)
-                self.error(f"there is no {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        return super().parse_args(args, namespace)
+        given = super().parse_args(args, namespace)
+        for name, value in vars(given).items():  # the shell leaves --flag=~/folder as it is
+            if isinstance(value, str) and value.startswith("~"):
+                setattr(given, name, os.path.expanduser(value))
+        return given
 
     def error(self, message):
+        if message.startswith("unrecognized arguments: --"):
+            near = get_close_matches(message.split()[2].split("=")[0], self._option_string_actions, 1, 0.75)
+            message += "".join(f"; did you mean {flag}?" for flag in near)
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
@@ -47,3 +48,12 @@ count = number(int, 0, "a whole number from 0")
 weight = number(float, 0, "a number from 0")
 above_0 = number(float, 1e-9, "a number above 0")
 up_to_1 = number(float, 1e-9, "a number above 0 and up to 1", 1.0)
+
+
+def device_flags(group, amp="auto"):
+    """Adds --device, --threads and --amp, with its default, to a parser or a group of one."""
+    group.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
+    text = "CPU threads a process; 0: torch's choice"
+    group.add_argument("--threads", type=count, default=0, metavar="N", help=text)
+    text = "precision of the convolutions; auto: bf16 where the processor has it"
+    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default=amp, help=text)

@@ -1,8 +1,9 @@
 """Where a process runs: its rank among the others, its device and its precision."""
 
-import contextlib
+import inspect
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tar import UserError, one_line
+from tar.training.failure import STORES
 
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +51,7 @@ class Process:
             tqdm.write(text)
 
     def shared(self, value):
-        """Rank 0's value, on every process: for what is measured, and so differs from process to process."""
+        """Rank 0's value, on every process."""
         box = [value]
         if self.world > 1:
             dist.broadcast_object_list(box, 0, self.control)
@@ -68,43 +70,41 @@ class Process:
             dist.all_reduce(tensor)
         return tensor / self.world
 
-    def any(self, flag):
+    def any_process(self, flag):
         """Whether a flag is set in any process."""
-        if self.world == 1:
-            return flag
         flag = torch.tensor(float(flag))
-        dist.all_reduce(flag, group=self.control)
+        if self.world > 1:
+            dist.all_reduce(flag, group=self.control)
         return flag.item() > 0
 
-    def alone(self, call, *args, **kwargs):
-        """A call by rank 0 only, which all others wait for; if it fails, none goes on. Returns its value on rank 0."""
+    def on_main(self, call, *args, **kwargs):
+        """A call by rank 0 only, which all others wait for. Returns its value on rank 0; its UserError rises on all."""
         value, error = None, None
-        if self.main:
-            try:
-                value = call(*args, **kwargs)
-            except UserError as raised:
-                error = raised
-        if self.any(error is not None) and not self.main:
-            raise SystemExit(2)  # rank 0 says why
-        if error:
+        try:
+            value = call(*args, **kwargs) if self.main else None
+        except UserError as raised:
+            error = raised
+        if error := self.shared(error):
             raise error
         return value
 
-    def in_turn(self, call, *args, **kwargs):
+    def main_first(self, call, *args, **kwargs):
         """A call by rank 0 first and the others after it: one download, and one line about what is wrong."""
-        value = self.alone(call, *args, **kwargs)
+        value = self.on_main(call, *args, **kwargs)
         return value if self.main else call(*args, **kwargs)
 
     def parallel(self, module):
-        """A module whose gradients are averaged over all processes.
-
-        Looking for unused parameters keeps DDP from rearranging its sums after the first step, so that a run that
-        goes on adds in the order of one that was left alone. Of two numbers the order does not matter, and on GPUs
-        the walk through the graph is not worth it.
-        """
+        """A module whose gradients are averaged over all processes."""
         if self.world == 1:
             return module
-        return DistributedDataParallel(module, find_unused_parameters=self.device.type == "cpu" and self.world > 2)
+        # Looking for unused parameters keeps DDP from rearranging its sums after the first step, so that a run that
+        # goes on adds in the order of one that was left alone. Of two numbers the order does not matter, and on GPUs
+        # the walk through the graph is not worth it.
+        options = {"find_unused_parameters": self.device.type == "cpu" and self.world > 2}
+        if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+            known = inspect.signature(DistributedDataParallel).parameters  # torch 2.14 has another name for it
+            options["forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"] = False
+        return DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
 
     def share_buffers(self, model):
         """Rank 0's batch-norm statistics on every process: each kept those of its own images."""
@@ -114,9 +114,7 @@ class Process:
 
     def autocast(self):
         """The context in which convolutions run in the chosen type."""
-        if self.amp == "none":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, TYPES[self.amp])
+        return torch.autocast(self.device.type, TYPES.get(self.amp), enabled=self.amp != "none")
 
     def wait(self):
         """Until a GPU has done what it was given."""
@@ -140,45 +138,39 @@ class Process:
 
 
 def set_up(device="auto", amp="auto", threads=0, deterministic=False):
-    """Joins the other processes if torchrun started this one, and chooses what is left to choose.
+    """Joins the other processes if torchrun started this one; the Process. UserError: a device that is not there.
 
-    Args:
-        device: "cpu", "cuda", "cuda:1" or "auto" (cuda where there is one; under torchrun each process its own).
-        amp: "bf16", "fp16", "none" or "auto" (bf16 where the processor has it).
-        threads: CPU threads of this process; 0 leaves torch's choice.
-        deterministic: no kernel on a GPU whose sums come out in another order every time; an operation that has no
-            other kernel is an error that names it.
-
-    Raises:
-        UserError: a device that is not there.
+    device: "cpu", "cuda", "cuda:1" or "auto" (cuda where there is one; under torchrun each process its own). amp:
+    "bf16", "fp16", "none" or "auto" (bf16 where the processor has it). threads: 0 leaves torch's choice.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world, control, limit = 0, 1, None, timedelta(hours=2)  # the others wait while rank 0 downloads
     together = "RANK" in os.environ
+    if together:
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun may keep the store of a group that it starts again: no addresses of the dead must be found there
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        STORES.append(store)
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    device = kinds[-1] if device == "auto" else device
     if together and device.startswith("cuda:"):
         raise UserError(f"--device {device}: under torchrun each process takes its own card; give --device cuda")
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    rank, world, control = 0, 1, None
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first GPU is spoken to
+        torch.use_deterministic_algorithms(True)
     try:
         device = torch.device(device)
-        if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-            raise RuntimeError("only cpu" + " and cuda" * torch.cuda.is_available())
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first GPU is spoken to
-            torch.use_deterministic_algorithms(True)
+        if device.type not in kinds:
+            raise RuntimeError(f"only {' and '.join(kinds)}")
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device}: not available here ({one_line(error)})") from None
-    if together:  # two hours: the others wait while rank 0 downloads
-        limit = timedelta(hours=2)
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun may keep the store of a group that it starts again: no addresses of the dead must be found there
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    if together:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-        control = dist.new_group(backend="gloo")
+        control = dist.new_group(backend="gloo", timeout=limit)
     if threads:
         torch.set_num_threads(threads)
     if amp == "auto":
@@ -191,8 +183,8 @@ def set_up(device="auto", amp="auto", threads=0, deterministic=False):
 def processor():
     """The CPU's name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    return names[0].strip() if names else platform.machine()
 
 
 def has_bf16(device):

@@ -4,18 +4,11 @@ import sys
 import time
 
 INTERVAL = 60.0  # seconds between two plain lines
-TEN = 10  # steps, after which the demonstration's length is said
+TIMED = 10  # steps, after which the demonstration's length is said
 
 
 class Progress:
-    """Shows the steps of a run, on rank 0 only.
-
-    Args:
-        process: a tar.training.process.Process.
-        title: of the run.
-        epochs, steps: those of the whole run.
-        images: of a step of all processes.
-    """
+    """Shows the steps of a run, on rank 0 only; epochs, steps: of the whole run; images: of a step of all processes."""
 
     def __init__(self, process, title, epochs, steps, images):
         self.process, self.title, self.epochs, self.steps, self.images = process, title, epochs, steps, images
@@ -30,9 +23,9 @@ class Progress:
         return self.bar
 
     def announce(self, batch):
-        """After ten batches of the demonstration's first run: how long all of its runs will take here."""
-        if self.process.runs_ahead and batch == self.first + TEN:
-            seconds = (time.perf_counter() - self.began) / TEN * self.steps * self.process.runs_ahead
+        """After some batches of the demonstration's first run: how long all of its runs will take here."""
+        if self.process.runs_ahead and batch == self.first + TIMED:
+            seconds = (time.perf_counter() - self.began) / TIMED * self.steps * self.process.runs_ahead
             self.process.say(f"All runs of the demonstration will take about {duration(seconds)} on this machine.")
             self.process.runs_ahead = 0.0
 
@@ -47,11 +40,11 @@ class Progress:
         """What was logged after so many steps of the run: {term: mean}, images a second."""
         left = duration((self.steps - step) * self.images / rate)
         terms = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in means.items() if name != "loss")
-        self.bar.set_postfix_str(f"loss {means['loss']:.3f} ({terms}) {rate:.0f} images/s, {left} left", refresh=False)
+        text = f"loss {means['loss']:.3f} ({terms})  {rate:.0f} images/s  {left} left"
+        self.bar.set_postfix_str(text, refresh=False)
         if not sys.stderr.isatty() and time.monotonic() - self.said >= INTERVAL:
             self.said = time.monotonic()
-            where = f"{self.title} {epoch}/{self.epochs}  step {step} of {self.steps}"
-            self.process.say(f"{where}  loss {means['loss']:.3f} ({terms})  {rate:.0f} images/s  {left} left")
+            self.process.say(f"{self.title} {epoch}/{self.epochs}  step {step} of {self.steps}  {text}")
 
 
 def duration(seconds):

@@ -1,5 +1,6 @@
 """A run's folder: config.json, log.jsonl, last.pth and result.json, and what tells one run from another."""
 
+import contextlib
 import hashlib
 import json
 from argparse import Namespace
@@ -7,20 +8,14 @@ from pathlib import Path
 
 from tar import UserError
 from tar.training import checkpoint
-from tar.training.flags import DISTILLATION
+from tar.training.flags import DISTILLATION, ONLY_OF
 
-# Flags that do not change what a run computes.
+# Flags that do not change what a run computes, and flags that mean nothing to a plain student.
 INCIDENTAL = {
-    *("output", "device", "threads", "deterministic", "compile", "workers", "download", "log_every", "save_every"),
+    *("output", "device", "threads", "deterministic", "workers", "download", "log_every", "save_every"),
     *("max_bad_steps", "check_data", "no_backbone", "no_cls", "no_reg", "recipe", "table", "seeds"),
 }
-# Flags that mean nothing to some runs.
 TEACHING = {"teacher", "teacher_weights", *DISTILLATION}
-FILES = {  # flags of each data set
-    "shapes": set(),
-    "voc": {"data_path", "voc_years"},
-    "coco": {"data_path", "train_json", "train_images", "val_json", "val_images", "keep_empty"},
-}
 
 
 def changed(args, **changes):
@@ -30,40 +25,30 @@ def changed(args, **changes):
 
 def teacher_of(args):
     """The flags of the run that trains the teacher of a run first."""
-    none = {"teacher": None, "teacher_weights": None, "student_weights": None, "inherit": False, "output": None}
+    none = {"teacher": None, "teacher_weights": None, "student_weights": None, "output": None}
     return changed(args, **none, student=args.teacher, epochs=args.teacher_epochs or args.epochs)
 
 
 def settings_of(args, process):
     """Everything that decides what a run computes: {flag: plain value}."""
-    left_out = INCIDENTAL | (set() if args.teacher else TEACHING)
-    left_out |= set().union(*FILES.values()) - FILES[args.dataset]
+    left_out = INCIDENTAL.union(*(names for dataset, names in ONLY_OF.items() if dataset != args.dataset))
+    left_out = left_out.union(() if args.teacher else TEACHING, ["data_path"] if args.dataset == "shapes" else ())
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
     return {**settings, "amp": process.amp, "images_per_step": args.batch_size * process.world}
 
 
 def run_name(args, process):
     """A folder's name made of the settings: readable in front, a digest of all of them behind."""
-    where = Path(args.train_json).parent if args.dataset == "coco" and args.train_json else Path(args.data_path)
+    where = Path(args.train_json).parent if args.train_json else Path(args.data_path)
     data = args.dataset if args.dataset == "shapes" else where.resolve().name
     model = f"{args.student}-tar-{args.teacher}" if args.teacher else args.student
     digest = hashlib.sha256(json.dumps(settings_of(args, process), sort_keys=True).encode()).hexdigest()[:6]
+    model = model.replace("timm/", "")
     return f"{data}-{args.detector}-{model}-{args.epochs}e-seed{args.seed}-{digest}"
 
 
 def finished_result(output, settings):
-    """The result of a run that has ended; writes nothing.
-
-    Args:
-        output: the folder.
-        settings: of the run that is to be done.
-
-    Returns:
-        result.json's dict if the run has ended, else None.
-
-    Raises:
-        UserError: the folder holds a run of other settings.
-    """
+    """What result.json holds if the run of a folder has ended, else None; UserError if it is of other settings."""
     config = output / "config.json"
     if not config.is_file():
         return None
@@ -78,21 +63,44 @@ def finished_result(output, settings):
 
 
 def checkpoint_to_resume(output, settings, say):
-    """The checkpoint that a run goes on from; None for a new run."""
-    saved = checkpoint.load_latest(output, say)
-    if saved and saved["settings"] != settings:
-        raise UserError(f"{output / 'last.pth'}: of a run of other settings; give another --output, or remove it")
+    """The newest sound checkpoint of a folder, last.pth or the one before it; None if there is none.
+
+    say: prints a line, if last.pth could not be used. UserError: no sound one is there, or it is of other settings.
+    """
+    last, previous = output / "last.pth", output / checkpoint.PREVIOUS
+    if not last.is_file() and not previous.is_file():
+        return None
+    try:
+        saved = checkpoint.load(last if last.is_file() else previous)
+    except UserError as error:
+        if not (last.is_file() and previous.is_file()):
+            raise UserError(f"{error}; remove it to start the run anew") from error
+        saved = checkpoint.load(previous)
+        say(f"{error}: going on from {previous}")
+    if saved["settings"] != settings:
+        raise UserError(f"{last}: of a run of other settings; give another --output, or remove it")
     return saved
 
 
 def begin_run(output, settings, step, measured):
-    """Makes the folder of a run that starts, or goes on after some steps, and its config.json."""
+    """Makes the folder of a run that starts, or goes on after some steps: config.json, and the log up to that step.
+
+    measured: whether the figures that were measured after that very step stay in the log.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
     checkpoint.save_json(output / "config.json", settings)
-    trim_log(output / "log.jsonl", step, measured)
+    log, kept = output / "log.jsonl", []
+    if not log.is_file():
+        return
+    for text in log.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # the line that was being written when the run was killed
+            line = json.loads(text)
+            if line["step"] < step or (line["step"] == step and (measured or "metrics" not in line)):
+                kept.append(text + "\n")
+    checkpoint.save_text(log, "".join(kept))
 
 
 def read_json(path):
@@ -105,15 +113,12 @@ def read_json(path):
 
 def read_log(path):
     """The lines of a run's log.jsonl as dicts; UserError names the file and the line that is broken."""
-    lines = []
-    try:
-        for text in Path(path).read_text().splitlines():
-            line = json.loads(text)
-            if "step" not in line:
-                raise ValueError("it has no step")
-            lines.append(line)
+    try:  # as one list, so that an error tells the line
+        lines = json.loads("[" + ",\n".join(Path(path).read_text().splitlines()) + "]")
+        if not all("step" in line for line in lines):
+            raise ValueError("a line has no step")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: line {len(lines) + 1} is none of a run's log ({error})") from None
+        raise UserError(f"{path}: cannot be read as the log of a run ({error})") from None
     return lines
 
 
@@ -124,22 +129,3 @@ def append_line(path, value):
             file.write(json.dumps(value) + "\n")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); the run's checkpoint is kept") from None
-
-
-def trim_log(path, step, measured):
-    """Takes off a log what came after the given step: the run goes on from there and writes it again.
-
-    Args:
-        measured: whether the figures that were measured after that very step are kept.
-    """
-    if not path.is_file():
-        return
-    kept = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # the line that was being written when the run was killed
-            continue
-        if line["step"] < step or (line["step"] == step and (measured or "metrics" not in line)):
-            kept.append(text + "\n")
-    checkpoint.save_text(path, "".join(kept))

@@ -4,29 +4,21 @@ import signal
 
 
 class Stopped(BaseException):
-    """The run was told to stop and has saved its state; exit code 128 + the signal's number, as shells count.
-
-    No Exception: what handles a broken file must not take it for one.
-    """
-
-    once = True
+    """The run was told to stop and has saved its state; no Exception, which what handles a broken file would catch."""
 
     def __init__(self, text, number):
         super().__init__(text)
-        self.code = 128 + number
+        self.code = 128 + number  # as shells count
 
 
 class StopSignals:
     """SIGTERM and SIGINT, as clusters and keyboards send them: they raise Stopped, which ends the program in a line.
 
     While `patient` is set the first is only noted: the training loop finishes its step, saves and raises itself.
-
-    Attributes:
-        received: the number of the last signal, or None.
     """
 
     def __init__(self):
-        self.received, self.patient = None, False
+        self.received, self.patient = None, False  # the number of the last signal
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self._take) for n in (signal.SIGTERM, signal.SIGINT)}

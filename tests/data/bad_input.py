@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from coco_sets import annotation, write_json
 from PIL import Image
 from tiny_runs import SMALL, read_log, write_voc
 
@@ -33,23 +34,17 @@ TRAINS = None  # instead of the word that a refusal must hold
 
 IMAGE, XML, LIST = "voc/JPEGImages/000000.jpg", "voc/Annotations/000000.xml", "voc/ImageSets/Main/trainval.txt"
 
-# Images
-
-
-def on_image(change):
-    return lambda folder: change(folder / IMAGE)
-
 
 def picture(width=96, height=72):
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
-def saved(mode, kind, **options):
-    return lambda file: picture().convert(mode).save(file, kind, **options)
-
-
 def noise(kind):
     return Image.fromarray((np.random.default_rng(0).random((72, 96)) * 65535).astype(kind))
+
+
+def saved(mode, kind, **options):
+    return lambda file: picture().convert(mode).save(file, kind, **options)
 
 
 def rotated(file):
@@ -75,22 +70,10 @@ def broken_chunk(file):
     file.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + header + checksum)
 
 
-# VOC's annotations and lists
-
-
-def on_bytes(path, change):
-    """Puts other bytes into a file: the given ones, or those that a function makes of the file's own."""
-
-    def spoil(folder):
-        old = (folder / path).read_bytes()
-        new = change(old) if callable(change) else change
-        assert new != old
-        (folder / path).write_bytes(new)
-
-    return spoil
-
-
-on_xml, on_list = partial(on_bytes, XML), partial(on_bytes, LIST)
+NO_TEXT = bytes(range(128, 256))
+ENTITIES = b"".join(b"<!ENTITY x%d '%s'>" % (i, b"&x%d;" % (i - 1) * 10) for i in range(1, 12))
+BOMB = b"<!DOCTYPE a [<!ENTITY x0 'lol'>%s]><annotation><size><width>&x11;</width></size></annotation>" % ENTITIES
+OUTSIDE = b"<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><annotation><object>&x;</object></annotation>"
 
 
 def corners(xmin, ymin, xmax, ymax):
@@ -102,42 +85,6 @@ def exchange(old, new, count=1):
     return lambda xml: xml.replace(old, new, count)
 
 
-def missing(path):
-    return lambda folder: (folder / path).unlink()
-
-
-NO_TEXT = bytes(range(128, 256))
-ENTITIES = b"".join(b"<!ENTITY x%d '%s'>" % (i, b"&x%d;" % (i - 1) * 10) for i in range(1, 12))
-BOMB = b"<!DOCTYPE a [<!ENTITY x0 'lol'>%s]><annotation><size><width>&x11;</width></size></annotation>" % ENTITIES
-OUTSIDE = b"<!DOCTYPE a [<!ENTITY x SYSTEM 'file:///etc/passwd'>]><annotation><object>&x;</object></annotation>"
-
-# COCO's annotations
-
-
-def coco(change_data=lambda data: None, change_text=lambda text: text):
-    """Trains on the same images in COCO's format, after a change of the file's data or text."""
-
-    def spoil(folder):
-        data = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "disc"}, {"id": 9, "name": "square"}]}
-        for i in range(6):
-            data["images"].append({"id": 100 + i, "file_name": f"{i:06d}.jpg", "width": 96, "height": 72})
-            for k, category in enumerate((7, 9)):
-                row = {"id": 2 * i + k + 1, "image_id": 100 + i, "category_id": category, "iscrowd": 0}
-                data["annotations"].append({**row, "bbox": [5 + 40 * k, 10, 28, 28], "area": 784})
-        (folder / "val.json").write_text(json.dumps(data))
-        change_data(data)
-        (folder / "train.json").write_bytes(change_text(json.dumps(data).encode()))
-        images = folder / "voc/JPEGImages"
-        flags = ["--train-json", folder / "train.json", "--train-images", images]
-        return ["--dataset", "coco", *flags, "--val-json", folder / "val.json", "--val-images", images]
-
-    return spoil
-
-
-def coco_text(change):
-    return coco(change_text=change)
-
-
 def field(key, name, value):
     """Puts a value into the first entry of a list."""
     return lambda data: data[key][0].update({name: value})
@@ -145,9 +92,6 @@ def field(key, name, value):
 
 def box(*bbox):
     return field("annotations", "bbox", list(bbox))
-
-
-# Checkpoints
 
 
 class Code:
@@ -160,28 +104,6 @@ class Code:
         return open, (self.path, "w")
 
 
-def teacher(change):
-    """Distils from a checkpoint, after a change of its file."""
-
-    def spoil(folder):
-        file = folder / "teacher.pth"
-        change(file)
-        return ["--dataset", "voc", "--data-path", folder / "voc", "--teacher", "r10", "--teacher-weights", file]
-
-    return spoil
-
-
-def teacher_state(change):
-    """Distils from a checkpoint, after a change of its contents."""
-
-    def rewrite(file):
-        state = torch.load(file, weights_only=True)
-        change(state)
-        torch.save(state, file)
-
-    return teacher(rewrite)
-
-
 def flip(file):
     """Flips one bit of a weight, past all of the file's own structure."""
     weights = torch.load(file, weights_only=True)["model"]
@@ -191,19 +113,64 @@ def flip(file):
     file.write_bytes(whole)
 
 
-# Outputs and flags
+# Spoilers: what they change in a folder of sound data, and the flags of the training then, if they are others.
 
 
-def output(argument):
+def on_image(change, folder):
+    change(folder / IMAGE)
+
+
+def on_bytes(path, change, folder):
+    """Puts other bytes into a file: the given ones, or those that a function makes of the file's own."""
+    old = (folder / path).read_bytes()
+    new = change(old) if callable(change) else change
+    assert new != old
+    (folder / path).write_bytes(new)
+
+
+on_xml, on_list = partial(on_bytes, XML), partial(on_bytes, LIST)
+
+
+def missing(path, folder):
+    (folder / path).unlink()
+
+
+def coco(change_data, folder, change_text=bytes):
+    """The same images in COCO's format, after a change of the file's data or text."""
+    images = [{"id": 100 + i, "file_name": f"{i:06d}.jpg", "width": 96, "height": 72} for i in range(6)]
+    boxes = [annotation(100 + i, c, [5 + 40 * k, 10, 28, 28]) for i in range(6) for k, c in enumerate((7, 9))]
+    data = json.loads(write_json(folder / "val.json", images, boxes, ((7, "disc"), (9, "square"))).read_text())
+    change_data(data)
+    (folder / "train.json").write_bytes(change_text(json.dumps(data).encode()))
+    images = folder / "voc/JPEGImages"
+    flags = ["--train-json", folder / "train.json", "--train-images", images]
+    return ["--dataset", "coco", *flags, "--val-json", folder / "val.json", "--val-images", images]
+
+
+def coco_text(change, folder):
+    return coco(len, folder, change)
+
+
+def teacher(change, folder):
+    """Distils from a checkpoint, after a change of its file."""
+    file = folder / "teacher.pth"
+    change(file)
+    return ["--dataset", "voc", "--data-path", folder / "voc", "--teacher", "r10", "--teacher-weights", file]
+
+
+def teacher_state(change, folder):
+    """Distils from a checkpoint, after a change of its contents."""
+    state = torch.load(folder / "teacher.pth", weights_only=True)
+    change(state)
+    return teacher(partial(torch.save, state), folder)
+
+
+def output(argument, folder):
     """Writes a file, and trains with an --output: (file, its text, --output)."""
     file, text, name = argument
-
-    def spoil(folder):
-        (folder / file).parent.mkdir(exist_ok=True)
-        (folder / file).write_text(text)
-        return ["--output", folder / name]
-
-    return spoil
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text(text)
+    return ["--output", folder / name]
 
 
 # {(spoiler, word of the refusal, or TRAINS): {name: the spoiler's argument}}
@@ -223,7 +190,7 @@ TABLE = {
         "a GIF": saved("P", "GIF"),
         "an image of one pixel": one_pixel,
     },
-    (on_image, "000000.jpg"): {
+    (on_image, "000000"): {
         "a strip of 20,000 x 1 pixels": lambda file: picture(20000, 1).save(file, "PNG"),
         "a decompression bomb": lambda file: Image.new("1", (14000, 14000)).save(file, "PNG", compress_level=1),
         "a float TIFF": lambda file: noise("float32").save(file, "TIFF"),
@@ -246,6 +213,9 @@ TABLE = {
         "XML without objects": b"<annotation><size><width>96</width><height>72</height></size></annotation>",
         "XML with a byte order mark": lambda xml: b"\xef\xbb\xbf" + xml,
         "XML with CRLF": exchange(b"><", b">\r\n<", -1),
+        "XML of an image of size NaN": exchange(b"<width>96</width>", b"<width>nan</width>"),
+        "XML of an image of size 0": exchange(b"<width>96</width>", b"<width>0</width>"),
+        "XML without a size": exchange(b"<width>96</width>", b""),
     },
     (on_xml, "000000.xml"): {
         "XML that is not XML": b"x0 y0 x1 y1 disc",
@@ -255,9 +225,6 @@ TABLE = {
         "an entity bomb": BOMB,
         "an entity that reads another file": OUTSIDE,
         "XML in an unknown encoding": b"<?xml version='1.0' encoding='foo'?><annotation/>",
-        "XML without a size": exchange(b"<width>96</width>", b""),
-        "XML of an image of size 0": exchange(b"<width>96</width>", b"<width>0</width>"),
-        "XML of an image of size NaN": exchange(b"<width>96</width>", b"<width>nan</width>"),
         "XML without a box": exchange(b"<bndbox>", b"<box>"),
         "XML without xmin": exchange(b"<xmin>", b"<xmine>"),
         "XML with a word for a coordinate": corners("left", 5, 30, 30),
@@ -271,7 +238,7 @@ TABLE = {
     },
     (on_list, "987654"): {"a list with a name that is not there": lambda names: b"987654\n" + names},
     (on_list, "trainval.txt"): {"a list of no names": b"\n \n", "a list of bytes that are no text": NO_TEXT},
-    (missing, "000000.xml"): {"a missing annotation": XML},
+    (missing, TRAINS): {"a missing annotation": XML},
     (missing, "trainval.txt"): {"a missing list": LIST},
     (coco_text, TRAINS): {"JSON with a byte order mark": lambda text: b"\xef\xbb\xbf" + text},
     (coco, TRAINS): {
@@ -280,6 +247,7 @@ TABLE = {
         "JSON with a box of three numbers": box(30, 10, 20),
         "JSON with words for a box": box("a", "b", "c", "d"),
         "JSON with a box outside the image": box(300, 300, 20, 20),
+        "JSON with an id that is a text": field("images", "id", "100"),
         "JSON with a category that no image uses": lambda data: data["annotations"].__delitem__(slice(1, None, 2)),
     },
     (coco_text, "train.json"): {
@@ -291,7 +259,6 @@ TABLE = {
         "JSON that is a list": lambda _: b"[1, 2]",
     },
     (coco, "train.json"): {
-        "JSON with an id that is a word": field("images", "id", "100"),
         "JSON with two images of one id": field("images", "id", 101),
         "JSON with a box of an unlisted image": field("annotations", "image_id", 5),
         "JSON with an unlisted category": field("annotations", "category_id", 5),
@@ -299,7 +266,7 @@ TABLE = {
     (coco, "categories"): {"JSON without categories": lambda data: data.pop("categories")},
     (coco, "images"): {"JSON without images": lambda data: data["images"].clear()},
     (coco, "x.jpg"): {"JSON with an image that is not there": field("images", "file_name", "x.jpg")},
-    (coco, "--keep-empty"): {"JSON without a box": lambda data: data["annotations"].clear()},
+    (coco, "no box to train on"): {"JSON without a box": lambda data: data["annotations"].clear()},
     (coco, "ball"): {"JSON with other categories than the test set's": field("categories", "name", "ball")},
     (teacher, "teacher.pth"): {
         "a checkpoint that is a pickle with code": lambda f: f.write_bytes(pickle.dumps({"model": Code(f)}, 2)),
@@ -347,9 +314,7 @@ FLAGS = {  # name: (flags, word of the refusal)
     "a missing data folder": ("--dataset voc --data-path nowhere", "nowhere"),
 }
 # {name: (a function that spoils a fresh folder and may return a list of flags, word or TRAINS)}
-CASES = {
-    name: (spoiler(argument), says) for (spoiler, says), cases in TABLE.items() for name, argument in cases.items()
-}
+CASES = {name: (partial(spoil, given), says) for (spoil, says), cases in TABLE.items() for name, given in cases.items()}
 CASES |= {name: (lambda _, flags=flags: flags.split(), says) for name, (flags, says) in FLAGS.items()}
 
 
@@ -370,15 +335,10 @@ def prepare(folder):
 
 
 def outcome(name, sound, folder):
-    """Runs a case in a copy of the sound folder.
-
-    Returns:
-        whether the outcome is as it should be; the outcome in words.
-    """
+    """Runs a case in a copy of the sound folder: whether the outcome is as it should be; the outcome in words."""
     spoil, says = CASES[name]
     shutil.copytree(sound, folder, ignore=None if "checkpoint" in name else shutil.ignore_patterns("teacher.pth"))
-    flags = spoil(folder)
-    flags = flags if isinstance(flags, list) else []
+    flags = spoil(folder) or []
     if "--dataset" not in flags:
         flags = ["--dataset", "voc", "--data-path", folder / "voc", *flags]
     before, run = files_in(folder), folder / "run"
@@ -395,7 +355,7 @@ def outcome(name, sound, folder):
     ended = (run / "result.json").exists()
     if code == 0:
         finite = all(np.isfinite([v for v in line.values() if v is not None]).all() for line in read_log(run)[0])
-        dropped = [line for line in out.getvalue().splitlines() if "area" in line]
+        dropped = [line for line in out.getvalue().splitlines() if "no area" in line]
         return says is TRAINS and finite and ended, "; ".join(["trains", *dropped])
     lines = [line for line in err.getvalue().splitlines() if "usage:" not in line and not line.startswith(" ")]
     refused = says is not TRAINS and code == 2 and len(lines) == 1 and says in lines[0]

@@ -5,7 +5,9 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
+from small_detectors import CLS, REG, batch, make_step, run
 from torchvision.models.detection import RetinaNet
 
 from tar.detectors.build import STRIDES
@@ -207,16 +209,13 @@ class ByHand:
             for s, t in zip(row.logits[1:], row.teacher_logits[1:], strict=True)
         )
 
-    def cls_loss(self, gate="none"):
-        """L_cls, and how many regions are kept."""
+    def cls_loss(self, gate="none", soft_labels="positive"):
+        """L_cls, and how many regions are kept; with soft labels on all, background regions weigh 1.5."""
         of = (lambda logits: logits) if self.retinanet else softmax
         kept = [r for r in self.positives if gate == "none" or of(r.teacher_logits)[r.label] > of(r.logits)[r.label]]
-        return sum(map(self.cross_entropy, kept)) / len(self.positives), len(kept)
-
-    def cls_loss_of_all(self):
-        """L_cls with soft labels on background regions too, which weigh 1.5."""
-        total = sum(map(self.cross_entropy, self.positives)) + 1.5 * sum(map(self.cross_entropy, self.background))
-        return total / (len(self.positives) + len(self.background))
+        rest = self.background if soft_labels == "all" else []
+        total = sum(map(self.cross_entropy, kept)) + 1.5 * sum(map(self.cross_entropy, rest))
+        return total / (len(self.positives) + len(rest)), len(kept)
 
     def reg_loss(self, gate="proposal"):
         """L_reg, and how many gates are open."""
@@ -228,3 +227,17 @@ class ByHand:
                 opened += 1
                 total += sum(map(smooth_l1, row.deltas, row.teacher_deltas))
         return total / len(self.positives), opened
+
+
+def compared_by_hand(student, teacher, proposals="student", soft="positive", cls_gate="none", reg_gate="proposal"):
+    """Holds a step's L_cls and L_reg against the equations; returns ByHand, and how many regions each gate keeps."""
+    regions = {"no_sharing": True} if proposals == "nearest" else {"proposals": proposals}
+    step = make_step(student, teacher, soft_labels=soft, cls_gate=cls_gate, reg_gate=reg_gate, **regions)
+    _, distillation, seen = run(step, batch(), teacher)
+    hand = ByHand(step, teacher, batch(), proposals)
+    (cls, kept), (reg, opened) = hand.cls_loss(cls_gate, soft), hand.reg_loss(reg_gate)
+    assert seen["positives"].item() == len(hand.positives)
+    assert seen["gate_open"].item() == pytest.approx(opened / len(hand.positives), rel=1e-5)
+    assert distillation[CLS].item() == pytest.approx(cls, rel=1e-4)
+    assert distillation[REG].item() == pytest.approx(reg, rel=1e-4)
+    return hand, kept, opened

@@ -26,7 +26,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from tar.data.datasets import load_dataset
 from tar.data.loader import make_loader, to_device, train_batches
-from tar.detectors.backbones import build_backbone
+from tar.detectors.backbones import build_classifier
 from tar.detectors.build import build_detector
 from tar.evaluation.markdown import markdown
 from tar.method.step import DistillationStep
@@ -47,7 +47,7 @@ def stand_in(name, images, scale=1.0, seed=1):
         scale: the last norm of every block and shortcut is multiplied by it, and so are the stages' outputs.
     """
     torch.manual_seed(seed)
-    network = build_backbone(name)
+    network = build_classifier(name)
     for module in network.modules():
         if isinstance(module, BasicBlock | Bottleneck):
             nn.init.constant_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight, 0.2 * scale)

@@ -26,16 +26,6 @@ def drawn_boxes(seed, count, side, least=0.0):
 # Masks
 
 
-@pytest.mark.parametrize("sigma2", [0.5, 2.0])
-@pytest.mark.parametrize(("height", "width", "stride"), [(12, 16, 8), (3, 4, 32)])
-def test_gaussian_mask_is_the_equation_on_drawn_boxes(height, width, stride, sigma2):
-    for seed in range(3):
-        boxes = drawn_boxes(seed, 5, 128)
-        expected = torch.tensor(mask_by_hand(boxes.tolist(), height, width, stride, sigma2), dtype=torch.float64)
-        assert expected.max() > 0
-        torch.testing.assert_close(gaussian_mask(boxes, height, width, stride, sigma2), expected, rtol=1e-12, atol=0)
-
-
 def test_gaussian_mask_has_the_values_done_by_hand():
     box = torch.tensor([[4.0, 4.0, 36.0, 20.0]])  # centre (20, 12): that of cell (1, 2); half sides 16 and 8
     mask = gaussian_mask(box, 4, 6, 8)
@@ -47,29 +37,17 @@ def test_gaussian_mask_has_the_values_done_by_hand():
     assert gaussian_mask(box, 4, 6, 8, 8.0)[1, 0].item() == pytest.approx(math.exp(-1 / 8))
 
 
-def of_kind(kind, boxes, height, width, stride):
-    """pyramid_masks() of one image and one level."""
-    return pyramid_masks([{"boxes": boxes}], [torch.zeros(1, 1, height, width)], [stride], kind)[0][0]
-
-
-@pytest.mark.parametrize("mask", [gaussian_mask, lambda *where: of_kind("box", *where)])
-def test_no_boxes_and_boxes_without_area_or_cell_give_zeros(mask):
+def test_no_boxes_and_boxes_without_area_or_cell_give_zeros():
     between = [5.0, 5.0, 11.0, 11.0]  # between the centres 4 and 12
     flat = [12.0, 12.0, 12.0, 12.0], [12.0, 0.0, 12.0, 32.0], [0.0, 12.0, 32.0, 12.0]  # on the centre 12
     for boxes in ([], [between], *[[box] for box in flat]):
-        assert mask(torch.tensor(boxes).view(-1, 4), 4, 5, 8).tolist() == [[0.0] * 5] * 4
-    solid = [4.0, 4.0, 36.0, 20.0]
-    assert torch.equal(mask(torch.tensor([flat[0], solid]), 4, 6, 8), mask(torch.tensor([solid]), 4, 6, 8))
-
-
-def test_box_mask_is_one_inside_boxes():
-    boxes = torch.tensor([[0.0, 0.0, 13.0, 5.0], [19.0, 11.0, 40.0, 32.0]])  # cell centres at 4, 12, 20, 28
-    assert of_kind("box", boxes, 4, 4, 8).tolist() == [[1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
+        assert gaussian_mask(torch.tensor(boxes).view(-1, 4), 4, 5, 8).tolist() == [[0.0] * 5] * 4
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "box", "full"])
 def test_masks_of_a_batch_whose_second_image_has_no_boxes(kind):
-    boxes, sizes = drawn_boxes(7, 3, 64), ((8, 16), (4, 8))
+    boxes, sizes = drawn_boxes(7, 5, 64), ((8, 16), (4, 8))
+    boxes[3, 2:] = boxes[3, :2]  # without area
     targets = [{"boxes": boxes}, {"boxes": boxes[:0]}]
     features = [torch.zeros(2, 5, *size) for size in sizes]
     masks = pyramid_masks(targets, features, (8, 16), kind, sigma2=1.5)
@@ -77,7 +55,9 @@ def test_masks_of_a_batch_whose_second_image_has_no_boxes(kind):
     for mask, size, stride in zip(masks, sizes, (8, 16), strict=True):
         for i, rows in enumerate((boxes.tolist(), [])):
             expected = torch.tensor(mask_by_hand(rows, *size, stride, 1.5, kind), dtype=torch.float64)
-            torch.testing.assert_close(mask[i], expected)
+            torch.testing.assert_close(mask[i], expected, rtol=1e-12, atol=0)
+            if kind == "gaussian":
+                assert torch.equal(gaussian_mask(boxes[: len(rows)], *size, stride, 1.5), mask[i])
     boxless = pyramid_masks(targets[1:], [f[:1] for f in features], (8, 16), kind)
     assert all((m == float(kind == "full")).all() for m in boxless)
 
@@ -177,24 +157,6 @@ def test_the_loss_is_the_equation(norm):
     normalizer = backbone_normalizer(TEACHER, WEIGHTS, norm)
     assert normalizer.item() == pytest.approx(below, rel=1e-12)
     assert backbone_loss(STUDENT, TEACHER, WEIGHTS, normalizer).item() == pytest.approx(total / (2 * below), rel=1e-12)
-
-
-def test_the_energy_makes_the_loss_independent_of_the_features_scale():
-    losses = []
-    for scale in (1, 30):
-        student, teacher = ([scale * f for f in features] for features in (STUDENT, TEACHER))
-        losses.append(backbone_loss(student, teacher, WEIGHTS, backbone_normalizer(teacher, WEIGHTS)).item())
-    assert losses[0] > 0.1
-    assert losses[1] == pytest.approx(losses[0], rel=1e-12)
-
-
-@pytest.mark.parametrize("norm", ["energy", "cells"])
-def test_no_boxes_give_zero_and_zero_gradients(norm):
-    student = [s.clone().requires_grad_() for s in STUDENT]
-    masks = [torch.zeros_like(m) for m in WEIGHTS]
-    loss = backbone_loss(student, TEACHER, masks, backbone_normalizer(TEACHER, masks, norm))
-    loss.backward()
-    assert loss.item() == 0 and all((s.grad == 0).all() for s in student)
 
 
 def test_its_gradient_is_that_of_finite_differences():

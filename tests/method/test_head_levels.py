@@ -1,13 +1,14 @@
 """The classification and the regression level: losses and gates against loops in plain Python."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from by_hand import decode, iou, sigmoid, smooth_l1, softmax
 from torchvision.models.detection._utils import BoxCoder
 
-from tar.method.classification_level import better_gate, classification_loss, region_weights
+from tar.method.classification_level import better_gate, classification_loss
 from tar.method.regression_level import is_nearer, paired_iou, regression_gate, regression_loss
 
 K = torch.tensor(7.0, dtype=torch.float64)
@@ -39,39 +40,16 @@ class TestClassification:
         loss = classification_loss(self.student, self.teacher, K, weights, form == "sigmoid")
         assert loss.item() == pytest.approx(total / K.item(), rel=1e-12)
 
-    @pytest.mark.parametrize("kept", [None, torch.zeros(0, dtype=torch.bool)])
-    def test_no_positives_give_zero_and_a_gradient(self, kept):
-        student = torch.zeros(0, 5, requires_grad=True)
-        loss = classification_loss(student, torch.zeros(0, 5), torch.tensor(1.0), kept)
-        loss.backward()
-        assert loss.item() == 0
-        assert student.grad.shape == (0, 5)
-
     @pytest.mark.parametrize("form", [False, True])
     def test_its_gradient_is_that_of_finite_differences(self, form):
         student = self.student.clone().requires_grad_()
         assert torch.autograd.gradcheck(lambda s: classification_loss(s, self.teacher, K, sigmoid=form), student)
 
 
-class TestRegionWeights:
-    @pytest.mark.parametrize("form", [False, True])
-    def test_the_better_gate_compares_the_probabilities_of_the_true_class(self, form):
-        student, teacher, labels = drawn(40, 4, seed=1), drawn(40, 4, seed=2), [i % 4 for i in range(40)]
-        of = (lambda row: [sigmoid(x) for x in row]) if form else softmax
-        rows = zip(student.tolist(), teacher.tolist(), labels, strict=True)
-        expected = [of(t)[k] > of(s)[k] for s, t, k in rows]
-        assert any(expected) and not all(expected)
-        assert better_gate(student, teacher, torch.tensor(labels), form).tolist() == expected
-
-    def test_equals_and_no_regions(self):
-        logits = drawn(3, 4)
-        assert better_gate(logits, logits.clone(), torch.tensor([0, 1, 2])).tolist() == [False] * 3
-        assert better_gate(logits[:0], logits[:0], torch.zeros(0, dtype=torch.int64)).tolist() == []
-
-    def test_background_regions_weigh_one_and_a_half(self):
-        logits, labels = drawn(4, 3), torch.tensor([2, 0, 1, 0])
-        assert region_weights(logits, logits, labels) is None
-        assert region_weights(logits, logits, labels, soft_labels="all").tolist() == [1, 1.5, 1, 1.5]
+def test_the_better_gate_is_closed_for_equals_and_no_regions():
+    logits = drawn(3, 4)
+    assert better_gate(logits, logits.clone(), torch.tensor([0, 1, 2])).tolist() == [False] * 3
+    assert better_gate(logits[:0], logits[:0], torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
 class TestRegression:
@@ -87,13 +65,6 @@ class TestRegression:
         loss = regression_loss(self.student, self.teacher, self.gate, K)
         assert loss.item() == pytest.approx(total / K.item(), rel=1e-12)
 
-    def test_no_positives_give_zero_and_a_gradient(self):
-        student = torch.zeros(0, 4, requires_grad=True)
-        loss = regression_loss(student, torch.zeros(0, 4), torch.zeros(0, dtype=torch.bool), torch.tensor(1.0))
-        loss.backward()
-        assert loss.item() == 0
-        assert student.grad.shape == (0, 4)
-
     def test_its_gradient_is_that_of_finite_differences_and_zero_where_the_gate_is_closed(self):
         student = self.student.clone().requires_grad_()
         assert torch.autograd.gradcheck(lambda s: regression_loss(s, self.teacher, self.gate, K), student)
@@ -104,12 +75,8 @@ class TestRegression:
 class TestRegressionGate:
     @pytest.mark.parametrize("kind", ["proposal", "student", "none"])
     def test_it_is_the_equation_on_drawn_regions(self, kind):
-        region, teacher_region, gt = (
-            drawn_boxes(60, 1),
-            drawn_boxes(60, 1) + drawn(60, 4, seed=4).abs(),
-            drawn_boxes(60, 1),
-        )
-        gt = gt + drawn(60, 4, seed=5, scale=4)
+        region = drawn_boxes(60, 1)
+        teacher_region, gt = region + drawn(60, 4, seed=4).abs(), region + drawn(60, 4, seed=5, scale=4)
         student, teacher = drawn(60, 4, seed=6), drawn(60, 4, seed=7)
         expected = []
         for s, t, r, o, g in zip(*(x.tolist() for x in (student, teacher, region, teacher_region, gt)), strict=True):
@@ -126,11 +93,17 @@ class TestRegressionGate:
         assert is_nearer(*[torch.zeros(0, 4)] * 3).shape == (0,)
 
 
+@pytest.mark.parametrize("loss", [classification_loss, partial(classification_loss, sigmoid=True), regression_loss])
+def test_no_positives_give_zero_and_a_gradient(loss):
+    student, kept, one = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, dtype=torch.bool), torch.tensor(1.0)
+    value = loss(student, torch.zeros(0, 4), *((kept, one) if loss is regression_loss else (one, kept)))
+    value.backward()
+    assert value.item() == 0 and student.grad.shape == (0, 4)
+
+
 def test_paired_iou_is_the_definition_on_drawn_boxes():
     a, b = drawn_boxes(200, 3), drawn_boxes(200, 13)
     a[0] = b[0] = torch.tensor([5.0, 5.0, 5.0, 5.0])  # an empty union
     expected = [iou(*boxes) for boxes in zip(a.tolist(), b.tolist(), strict=True)]
     assert 0 in expected and max(expected) > 0.3
     assert paired_iou(a, b).tolist() == pytest.approx(expected, rel=1e-12)
-    one, other = torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([[2.0, 0.0, 6.0, 4.0]])
-    assert paired_iou(one, other).tolist() == pytest.approx([8 / 24])

@@ -75,13 +75,6 @@ train.main(sys.argv[2:])
 """
 
 
-def points(count, seed):
-    """Random points of all three kinds."""
-    rng = random.Random(seed)
-    kinds = [("step", "write", "step", "rename")[i % 4] for i in range(count)]
-    return [f"{k} {rng.randint(1, STEPS if k == 'step' else SAVES)} {rng.uniform(0.01, 0.99):.2f}" for k in kinds]
-
-
 def start(folder, flags, point, processes):
     """One start of the command; the finished process."""
     program = folder.parent / "program.py"
@@ -107,22 +100,15 @@ def same(one, other):
 
 
 def inject(parent, flags, chosen, processes=1, say=print, unbroken=None):
-    """Kills a run at each of some points.
+    """Kills a run at each of the chosen points (see PROGRAM), in an empty folder, and lets it end.
 
-    Args:
-        parent: an empty folder.
-        flags: of train.py.
-        chosen: points, see PROGRAM.
-        unbroken: folder of a run that was not killed; None: done here.
-
-    Returns:
-        (point, starts of the command that it took, whether it ended equal to the unbroken run) for each.
+    unbroken: folder of a run that was not killed; None: done here. Returns for each point (point, starts of the command
+    that it took, whether it ended equal to the unbroken run).
     """
     rows = []
     if unbroken is None:
         unbroken = parent / "unbroken"
-        done = start(unbroken, flags, parent / "never", processes)
-        assert done.returncode == 0, done.stderr
+        assert start(unbroken, flags, parent / "never", processes).returncode == 0
     for number, what in enumerate(chosen):
         folder, point = parent / f"run{number}", parent / f"point{number}"
         point.write_text(what)
@@ -144,13 +130,15 @@ def main():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--processes", type=int, default=1)
     args = p.parse_args()
+    draw, kinds = random.Random(args.seed), [("step", "write", "step", "rename")[i % 4] for i in range(args.kills)]
+    points = [f"{k} {draw.randint(1, STEPS if k == 'step' else SAVES)} {draw.uniform(0.01, 0.99):.2f}" for k in kinds]
     with tempfile.TemporaryDirectory() as place:
         teacher = Path(place) / "teacher"
         words = [sys.executable, "train.py", *COMMON, "--student", "r18", "--output", teacher]
         subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
         flags = [*COMMON, "--limit-train", 8 * args.processes]  # as many steps as one process does
         flags += ["--student", "r10", "--teacher", "r18", "--teacher-weights", teacher / "last.pth"]
-        rows = inject(Path(place), flags, points(args.kills, args.seed), args.processes)
+        rows = inject(Path(place), flags, points, args.processes)
     equal = sum(row[2] for row in rows)
     print(f"{equal} of {len(rows)} runs ended with the weights of the unbroken run")
     sys.exit(0 if equal == len(rows) else 1)

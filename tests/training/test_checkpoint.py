@@ -11,9 +11,10 @@ import torch
 from tar import UserError
 from tar.data.image_files import read_image
 from tar.training import checkpoint
+from tar.training.run_folder import checkpoint_to_resume
 from tar.training.stop_signals import Stopped
 
-STATE = {"model": {"w": torch.zeros(200_000)}, "build": {}, "classes": [], "settings": {}}
+STATE = {"model": {"w": torch.zeros(200_000)}, "build": {}, "classes": [], "settings": {"lr": 1}}
 
 
 def flip(content):
@@ -21,20 +22,30 @@ def flip(content):
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
 
 
-@pytest.mark.parametrize(
-    "damage", [flip, lambda content: content[:-1000], lambda _: b""], ids=["a bit", "cut", "empty"]
-)
+def resumed(folder, lr=1):
+    """The step of the checkpoint that a run goes on from, and what is said."""
+    said = []
+    saved = checkpoint_to_resume(folder, {"lr": lr}, said.append)
+    return saved and saved["step"], "".join(said)
+
+
+@pytest.mark.parametrize("damage", [flip, lambda content: content[:-1000], lambda _: b""], ids=["bit", "cut", "empty"])
 def test_damage_is_noticed_and_the_checkpoint_before_it_used(tmp_path, damage):
-    last, said = tmp_path / "last.pth", []
+    last = tmp_path / "last.pth"
+    assert resumed(tmp_path) == (None, "")
     for step in (1, 2):
         checkpoint.save(last, {**STATE, "step": step})
-    assert checkpoint.load_latest(tmp_path, said.append)["step"] == 2 and not said
-    damaged = damage(last.read_bytes())
-    last.write_bytes(damaged)
+    assert resumed(tmp_path) == (2, "")
+    with pytest.raises(UserError, match="other settings"):
+        resumed(tmp_path, lr=2)
+    last.write_bytes(damage(last.read_bytes()))
     with pytest.raises(UserError, match=str(last)):
         checkpoint.load(last)
-    assert checkpoint.load_latest(tmp_path, said.append)["step"] == 1
-    assert len(said) == 1 and (tmp_path / "last.pth.damaged").read_bytes() == damaged
+    step, said = resumed(tmp_path)
+    assert step == 1 and f"going on from {tmp_path / 'previous.pth'}" in said
+    (tmp_path / "previous.pth").unlink()
+    with pytest.raises(UserError, match="remove it to start the run anew"):
+        resumed(tmp_path)
 
 
 def save_on_a_small_disk(path):

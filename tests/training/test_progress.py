@@ -1,14 +1,11 @@
-"""What a run says of its progress, and of flags that do not exist."""
+"""What a run says of its progress."""
 
 from argparse import Namespace
 
 import pytest
 import torch
-from tiny_runs import SMALL, call
 
-import train
-from tar.training import flags, progress
-from tar.training.parser import Parser
+from tar.training import progress
 from tar.training.process import Process
 from tar.training.progress import Progress, duration
 
@@ -80,32 +77,3 @@ def test_other_ranks_are_quiet(capsys):
     process.say("a word")
     assert list(process.progress("bar")([1, 2])) == [1, 2]
     assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize(("word", "meant"), [("--bacth-size", "--batch-size"), ("--learning-rate=3", None)])
-def test_a_flag_that_does_not_exist_is_said_with_the_nearest_name(word, meant, capsys):
-    with pytest.raises(SystemExit) as ended:
-        flags.parser().parse_args([word, "3"])
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1 and f"there is no {word.split('=')[0]}" in error
-    assert meant is None or f"did you mean {meant}?" in error
-
-
-def test_the_beginning_of_a_flag_is_enough_and_values_are_no_flags():
-    assert flags.parser().parse_args(["--weight-back", "2"]).weight_backbone == 2
-    p = Parser(prog="p")
-    p.add_argument("--shift", type=float)
-    p.add_argument("words", nargs="*")
-    assert p.parse_args(["--shift=-3", "a"]).shift == -3
-
-
-def test_a_gpu_that_is_too_small_is_said_in_a_line(monkeypatch, tmp_path, capsys):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8 GiB.\nSee manual.")
-
-    monkeypatch.setattr(train.DistillationStep, "forward", full)
-    with pytest.raises(SystemExit) as ended:
-        call(train.main, *SMALL, "--student", "r10", "--output", tmp_path / "run")
-    error = capsys.readouterr().err
-    assert ended.value.code == 2 and error.count("\n") == 1
-    assert "CUDA out of memory" in error and "--batch-size" in error

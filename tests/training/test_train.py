@@ -13,7 +13,7 @@ from tiny_runs import DETECTION, SMALL, STEPS, call, read_log, read_result, weig
 import eval as evaluation
 import train
 from tar.data.shapes import CLASSES
-from tar.detectors.backbones import build_backbone
+from tar.detectors.backbones import build_classifier
 
 ONE_STEP = [*SMALL, "--student", "r10", "--epochs", 1, "--limit-train", 4, "--limit-test", 1]
 
@@ -85,7 +85,7 @@ def test_the_default_folder_is_named_by_the_settings(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("detector", ["faster-rcnn", "retinanet"])
 def test_a_backbone_from_a_file_keeps_its_batch_norm_and_first_layers(tmp_path, detector):
-    start = build_backbone("r10", "none", "batch").state_dict()
+    start = build_classifier("r10", "none", "batch").state_dict()
     torch.save(start, tmp_path / "r10.pth")
     flags = ["--backbone-weights", tmp_path / "r10.pth", "--detector", detector, "--output", tmp_path / "run"]
     call(train.main, *ONE_STEP, *flags, "--warmup", 0)
@@ -121,13 +121,9 @@ def test_the_distillation_terms_are_logged_and_weighted(voc):
         assert terms > 0.01
         assert line["loss"] == pytest.approx(detection + line["decay"] * terms, abs=2e-4)
     assert not any("distill" in name for line in read_log(voc.teacher)[0] for name in line)
-
-
-def test_the_students_checkpoint_is_a_detector_without_adapters(voc):
     saved = torch.load(voc.run / "last.pth", weights_only=True)
-    assert not any("adapter" in name for name in saved["model"])
+    assert not any("adapter" in name for name in saved["model"]) and saved["classes"] == ["disc", "square"]
     assert len(saved["adapters"]) == 10  # five convolutions' weights and biases, for going on
-    assert saved["classes"] == ["disc", "square"]
 
 
 def test_another_student_uses_the_teacher_that_is_there(voc, tmp_path, capsys):
@@ -173,8 +169,9 @@ def test_eval_measures_what_training_measured(voc, tmp_path, capsys):
     assert {name: figures[name] for name in names} == {name: result[name] for name in names}
 
 
-def test_the_demonstration_says_its_length_once_and_prints_four_rows(tmp_path, capsys):
-    call(train.main, *SMALL, "--epochs", 1, "--batch-size", 1, "--output", tmp_path)
+def test_the_demonstration_says_its_length_once_and_prints_four_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tar.training.progress.TIMED", 2)
+    call(train.main, *SMALL, "--epochs", 1, "--limit-train", 8, "--limit-test", 2, "--output", tmp_path)
     out = capsys.readouterr().out
     assert out.count("All runs of the demonstration will take about") == 1
     rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tar.training.learning_rate import learning_rate
+from tar.training.optimizer import learning_rate
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,9 @@ def test_step_schedule_of_twelve_epochs_of_a_thousand_steps(step, factor):
     assert learning_rate(step, 12_000, 0.02) == pytest.approx(0.02 * factor)
 
 
-def test_warmup_is_cut_to_a_tenth_of_the_run():
-    assert learning_rate(5, 100, 0.02, warmup=500) == pytest.approx(0.02 * 0.5005)
-    assert learning_rate(10, 100, 0.02, warmup=500) == pytest.approx(0.02)
-
-
-def test_no_warmup_starts_at_the_base_rate():
-    assert learning_rate(0, 100, 0.02, warmup=0) == pytest.approx(0.02)
+@pytest.mark.parametrize(("step", "warmup", "factor"), [(5, 500, 0.5005), (10, 500, 1), (0, 0, 1)])
+def test_warmup_is_cut_to_a_tenth_of_the_run_or_left_out(step, warmup, factor):
+    assert learning_rate(step, 100, 0.02, warmup=warmup) == pytest.approx(0.02 * factor)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +35,3 @@ def test_cosine_schedule(step, factor):
 @pytest.mark.parametrize("total", [0, 1, 5])
 def test_the_shortest_runs_have_a_learning_rate(total, kind):
     assert learning_rate(0, total, 0.02, kind=kind) == pytest.approx(0.02 * 0.001)
-
-
-def test_an_unknown_kind_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"'poly'.*step"):
-        learning_rate(1, 10, 0.1, kind="poly")

@@ -1,15 +1,8 @@
-"""The flags of the distillation: what they become, which contradict each other, when the teacher rests."""
-
-import json
+"""Flags: which are refused, and what those of the distillation become."""
 
 import pytest
-from small_detectors import BACKBONE, save
 from test_mistakes import wrong
-from tiny_runs import SMALL, call
 
-import train
-from tar.data.shapes import Shapes
-from tar.method.step import DistillationStep
 from tar.training.flags import distillation_settings, parse
 
 PAIR = "--student r10 --teacher r18"
@@ -22,24 +15,25 @@ PAIR = "--student r10 --teacher r18"
         (f"{PAIR} --detector retinanet --no-sharing", "--no-sharing"),
         (f"{PAIR} --no-sharing --proposals both", "--no-sharing contradicts --proposals"),
         (f"{PAIR} --no-sharing --soft-labels all", "--soft-labels all"),
-        (f"{PAIR} --no-sharing --no-cls --no-reg", "--no-sharing"),
-        (f"{PAIR} --proposals both --weight-cls 0 --no-reg", "--proposals"),
-        (f"{PAIR} --soft-labels all --no-cls", "--soft-labels all"),
         (f"{PAIR} --soft-labels all --cls-gate better", "--cls-gate better"),
-        (f"{PAIR} --teacher-weights coco", "--teacher-weights coco"),
-        (f"{PAIR} --teacher-weights x.pth --teacher-epochs 3", "--teacher-epochs"),
-        (f"{PAIR} --no-decay --decay-end 0.25", "--decay-end"),
         (f"{PAIR} --decay-end 1.5", "'1.5'"),
         (f"{PAIR} --sigma2 0", "'0'"),
         ("--student r10 --teacher-weights coco", "--teacher BACKBONE"),
         ("--student r10 --proposals both", "--proposals needs --teacher BACKBONE"),
-        ("--student r10 --inherit", "--inherit needs --teacher BACKBONE"),
         ("--student r10 --train-json x.json", "--train-json needs --dataset coco"),
         ("--student r10 --keep-empty", "--keep-empty needs --dataset coco"),
         ("--student r10 --voc-years 2012", "--voc-years needs --dataset voc"),
         ("--student r10 --dataset coco --split val", "--split val"),
-        ("--student r10 --dataset coco --download", "--download"),
+        ("--student r10 --dataset coco --download", "--download needs --dataset voc"),
         ("--student r10 --seeds 3", "--seeds"),
+        ("--mask blob", "--mask"),
+        ("--size 64", "--size"),
+        ("--student r10 --size 64 32", "--size 64 32"),
+        ("--dataset voc", "--student"),
+        ("--teacher r18", "--student"),
+        ("--check-data", "shapes are drawn"),
+        ("--learning-rate=3", "unrecognized arguments: --learning-rate=3 (--help"),
+        ("--bacth-size 3", "--bacth-size 3; did you mean --batch-size?"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused_with_the_reason(capsys, flags, says):
@@ -69,8 +63,8 @@ def test_flags_become_the_settings_of_the_step(flags, changed):
 
 
 def test_all_levels_off_are_a_plain_student():
-    args = parse([*PAIR.split(), "--no-backbone", "--no-cls", "--no-reg", "--inherit"])
-    assert args.teacher is None and args.inherit is False
+    args = parse([*PAIR.split(), "--no-backbone", "--no-cls", "--no-reg"])
+    assert args.teacher is None
 
 
 @pytest.mark.parametrize("dataset", ["voc", "coco"])
@@ -79,20 +73,3 @@ def test_retinanet_has_torchvisions_anchors_and_half_the_rate(dataset):
     two = [parse([*common, "--detector", kind]) for kind in ("faster-rcnn", "retinanet")]
     assert [args.anchor_scale for args in two] == [8, 4] and two[1].lr == two[0].lr / 2
     assert parse([*common, "--detector", "retinanet", "--lr", "0.3", "--anchor-scale", "5"]).lr == 0.3
-
-
-def test_nothing_of_the_teacher_runs_once_the_weight_is_zero(monkeypatch, tmp_path):
-    save(tmp_path / "teacher.pth", backbone="r18", classes=Shapes.classes)
-    forward, asked = DistillationStep.forward, []
-
-    def watched(step, images, targets, teacher=None):
-        asked.append(teacher is not None)
-        return forward(step, images, targets, teacher)
-
-    monkeypatch.setattr(DistillationStep, "forward", watched)
-    flags = ["--epochs", 1, "--limit-test", 2, "--decay-end", 0.5, "--teacher-weights", tmp_path / "teacher.pth"]
-    call(train.main, *SMALL, *flags, *PAIR.split(), "--output", tmp_path / "run")
-    steps = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    steps = [line for line in steps if "lr" in line]
-    assert asked[:3] == [True, True, False]  # the cost of a distillation is measured after the three steps
-    assert [(line["decay"], BACKBONE in line) for line in steps] == [(1.0, True), (0.5, True), (0.0, False)]
