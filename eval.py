@@ -104,9 +104,9 @@ def look_at_weights(given):
     """--weights, alone or with --export, --predict or --show."""
     model, saved = checkpoint.load_detector(given.weights)
     args, classes = flags_of(saved["settings"], **given.replacing), saved["classes"]
-    if args.dataset == "coco" and args.split == "val":
-        raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
     process, run = set_up(given.device, args.amp, given.threads), Path(given.weights).parent
+    if process.world > 1 and (given.export or given.predict or given.show):
+        raise UserError("--export, --predict and --show are of one process: leave torchrun out")
     if given.export:
         export(model, given.export)
         process.say(f"{given.export}: the {args.detector} of {given.weights}, for one image of any size")

@@ -120,10 +120,10 @@ def train(args, data, process, title):
         dict: what result.json holds.
     """
     output, settings = Path(args.output), settings_of(args, process)
-    result = process.main_first(run_folder.finished_result, output, settings)
+    result = process.shared(process.on_main(run_folder.finished_result, output, settings))
     if result:
         process.say(f"{title}: {output} has ended, AP {cell(result['AP'])}")
-        return process.shared(result)
+        return result
     run = prepare(args, data, process, title, output, settings)
     for epoch in range(run.state.epoch, args.epochs):
         rate = train_epoch(run, epoch)
@@ -141,6 +141,8 @@ def train(args, data, process, title):
 def prepare(args, data, process, title, output, settings):
     """Builds a run's student, teacher and optimizer, puts back what an earlier process saved, and opens its folder."""
     train_set, saved = data[0], process.main_first(run_folder.checkpoint_to_resume, output, settings, process.say)
+    if len(set(process.gathered(saved and (saved["epoch"], saved["batch"])))) > 1:
+        raise UserError(f"{output}: not the same for all processes; it must be on a disk that all machines share")
     student, teacher, build = make_models(args, data, process, saved)
     distillation = flags.distillation_settings(args) if teacher else None
     module = DistillationStep(student, distillation, teacher.backbone.out_channels if teacher else None)
@@ -160,9 +162,6 @@ def prepare(args, data, process, title, output, settings):
     first_step = state.epoch * steps_per_epoch + state.batch
     if saved:
         process.say(f"{title}: going on after step {first_step} of {total_steps}, from {output}")
-    if len(set(process.gathered(first_step))) > 1:
-        text = "is not the same for all processes; it must be on a disk that all machines share"
-        raise UserError(f"{output}: {text}")
     process.on_main(run_folder.begin_run, output, settings, first_step, measured=state.batch == 0)
     trained = module, optimizer, scaler, guard, state
     return Run(
@@ -253,20 +252,19 @@ def finish(run):
         "environment": process.about(),
     }
     process.on_main(checkpoint.save_json, run.output / "result.json", result)
-    return process.shared(result)  # the others wait here
+    return process.shared(result)  # that of rank 0: times differ
 
 
 def make_models(args, data, process, saved):
     """Student, teacher or None, and the arguments of build_detector that make the student."""
+    if args.sync_bn and process.device.type != "cuda":
+        raise UserError("--sync-bn: torch shares batch norm's statistics between GPUs only; leave it out on the CPU")
     classes, fresh = data[0].classes, saved is None
     build = flags.build_of(args, args.student, len(classes))
     torch.manual_seed(args.seed)  # every process starts from the same weights
     student = process.main_first(build_detector, **build if fresh else {**build, "backbone_weights": "none"})
     if fresh and args.student_weights:
         process.main_first(start_from, student, args.student_weights, build, classes)
-    if args.sync_bn and process.device.type != "cuda":
-        text = "--sync-bn: torch shares batch norm's statistics between GPUs only; leave it out on the CPU"
-        raise UserError(text)
     teacher = load_teacher(args, data, process) if args.teacher else None
     return student, teacher, build
 
@@ -282,13 +280,13 @@ def load_teacher(args, data, process):
         process.say(
             f"Note: the teacher was trained on images of {size} pixels, and will see the student's {args.size}."
         )
-    same = ("dataset", "data_path", "voc_years", "val_json", "val_images", "split", "limit_test", "epochs")
+    same = ("dataset", "data_path", "voc_years", "val_json", "val_images", "split", "limit_test", "epochs", "exif")
     measured = path.parent / "result.json"
     now = settings_of(changed(args, epochs=saved.get("epoch")), process)
-    if path.name == "last.pth" and measured.is_file() and all(saved["settings"].get(k) == now.get(k) for k in same):
-        ap, where = read_json(measured)["AP"], f"as measured in {measured}"
-    else:
-        ap, where = measure(teacher, args, data[1], process)["AP"], "measured now"
+    known = path.name == "last.pth" and all(saved["settings"].get(k) == now.get(k) for k in same)
+    result = process.shared(read_json(measured) if known and process.main and measured.is_file() else None)
+    where = f"as measured in {measured}" if result else "measured now"
+    ap = (result or measure(teacher, args, data[1], process))["AP"]
     process.say(f"Teacher {args.teacher_weights}: AP {cell(ap)} on the {args.split} split, {where}")
     return teacher
 

@@ -70,6 +70,8 @@ def load_test_set(
     if name == "shapes":
         return Shapes(split, limit or SHAPES_IMAGES["test"])
     data_path, *files = (path and Path(os.path.expanduser(path)) for path in (data_path, *files))
+    if name == "coco" and split == "val":
+        raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
     if name == "voc":
         images, list_file = read_voc(data_path, years, split)
         return voc_source(images, classes, list_file, limit, exif)

@@ -36,8 +36,9 @@ def find_images(names, folder, list_file):
 
     A name counts as it stands; each folder is listed once. Where there is no such file, the one below `folder` fits
     that no other name has and whose path ends in as much of the name as any: without a prefix or the path of a media
-    server, with / for a backslash, a space for %20, in other case. Else the name stays as it is. UserError if two files
-    fit equally, or one file two names, or if a name is an image written as text.
+    server, with / for a backslash, a space for %20, in other case. Where the name has folders, the file must lie in the
+    last of them, or in `folder` itself. Else the name stays as it is. UserError if two files fit equally, if one file
+    fits two names, or if a name is an image written as text.
     """
     listed, below, found = {}, defaultdict(list), {}
     for name in names:
@@ -53,10 +54,12 @@ def find_images(names, folder, list_file):
         for length in range(1, min(len(parts), longest) + 1):
             below[parts[:length]].append(path)
     for i, parts in missing.items():
-        ends = (below[parts[:length]] for length in range(len(parts), 0, -1) if parts[:length] in below)
-        fits = next(ends, ())
+        length = next((length for length in range(len(parts), 0, -1) if parts[:length] in below), 0)
+        fits = below[parts[:length]] if length else ()
         if len(fits) > 1:
             raise UserError(f"{list_file}: {names[i]} may be {fits[0]} or {fits[1]}; name it as it lies in {folder}")
+        if length == 1 < len(parts):  # another folder's file of this name must not be taken
+            fits = [path for path in fits if os.path.dirname(path) == os.path.normpath(folder)]
         for path in fits:
             other, paths[i] = found.setdefault(path, names[i]), path
             if other != names[i]:

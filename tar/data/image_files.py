@@ -109,7 +109,7 @@ def files_in(folder):
     def refuse(error):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    seen = set()
+    seen = {os.path.realpath(folder)}
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = sorted({f for f in folders if os.path.realpath(os.path.join(place, f)) not in seen})
         seen |= {os.path.realpath(os.path.join(place, f)) for f in folders}

@@ -68,14 +68,14 @@ def make_loader(source, train, batches, seed=0, workers=0, pin_memory=False):
         **processes(workers),
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
     )
 
 
 def processes(workers):
     """DataLoader's arguments for loader processes. On Linux they are forked: a new one would import torch again."""
     forked = workers and sys.platform == "linux"
-    return {"num_workers": workers, "multiprocessing_context": "fork" if forked else None}
+    context = {"multiprocessing_context": "fork" if forked else None, "worker_init_fn": _ignore_signals}
+    return {"num_workers": workers, **context}
 
 
 def _ignore_signals(_):

@@ -49,7 +49,7 @@ class Source:
     """
 
     def __init__(self, classes, images, boxes, list_file, keep_empty=True, limit=0, exif="auto", notes=(), trust=True):
-        self.classes, self.list_file, self.exif, self.notes = tuple(classes), str(list_file), exif, list(notes)
+        self.classes, self.exif, self.notes = tuple(classes), exif, list(notes)
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 7)
         image, corners, ignored = boxes[:, 0].astype(np.int64), boxes[:, 1:5], boxes[:, 6] > 0
 

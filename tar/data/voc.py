@@ -96,7 +96,12 @@ def _the_file(entry, by_stem, list_file, name=""):
         bare = os.path.splitext(path)[0] if path.lower().endswith(tuple(suffixes())) else path
         fits = {}  # how well: [files]
         for file, inside in (f for stem in {os.path.basename(path), os.path.basename(bare)} for f in by_stem[stem]):
-            fit = (f"/{file}".endswith(f"/{path}"), os.path.splitext(inside)[0] == bare, inside == name)
+            stem = os.path.splitext(inside)[0]
+            if not (
+                f"/{bare}".endswith(f"/{stem}") or f"/{stem}".endswith(f"/{bare}") or f"/{stem}".endswith(f"/{path}")
+            ):
+                continue  # of another folder
+            fit = (f"/{file}".endswith(f"/{path}"), stem == bare, inside == name)
             fits.setdefault(fit, []).append(file)
         best = fits[max(fits)] if fits else []
         if len(best) > 1:

@@ -68,7 +68,7 @@ def build_backbone(name, weights="none", norm="batch", stride=4, trained_stages=
         UserError: no such backbone, one without these levels, no ImageNet weights for it, no network, a file that does
             not fit.
     """
-    if Path(weights).is_dir():
+    if weights not in ("imagenet", "none") and Path(weights).is_dir():
         weights = str(Path(weights) / f"{name.removeprefix('timm/')}.pth")
     if name.startswith("timm/"):
         return timm_backbone(name, weights, norm, stride, trained_stages)

@@ -1,9 +1,6 @@
 """torchvision's own detectors that were trained on COCO, as teachers."""
 
-from torchvision.models.detection import (
-    FasterRCNN_ResNet50_FPN_Weights,
-    RetinaNet_ResNet50_FPN_Weights,
-)
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights, RetinaNet_ResNet50_FPN_Weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from tar import UserError

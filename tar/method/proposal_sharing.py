@@ -2,7 +2,8 @@
 
 Faster R-CNN: the regions that the student's own box head trains on in this step. The teacher's box head runs on the
 positive ones among them; the others have no distillation term. RetinaNet: the anchors, the same for both models.
-The teacher runs its backbone and its head: no RPN (but for `--proposals teacher`), no suppression, no post-processing.
+The teacher runs its backbone and its head: no suppression, no post-processing, and an RPN for `--proposals` and
+`--no-sharing` only.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class SharedRegions:
 
     def positive(self):
         """The rows of positive regions only: another SharedRegions."""
-        kept = self.label.nonzero()[:, 0]  # the only time that the host waits for a GPU
+        kept = self.label.nonzero()[:, 0]  # here the host waits for a GPU
         rows = {name: value[kept] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return SharedRegions(**rows, box_coder=self.box_coder, sigmoid=self.sigmoid)
 

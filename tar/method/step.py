@@ -42,12 +42,8 @@ class DistillationSettings:
 
     def weights(self):
         """The levels that are on: {name of the loss: weight}."""
-        weights = {
-            "distill_backbone": self.weight_backbone,
-            "distill_cls": self.weight_cls,
-            "distill_reg": self.weight_reg,
-        }
-        return {name: weight for name, weight in weights.items() if weight > 0}
+        weights = {level: getattr(self, f"weight_{level}") for level in ("backbone", "cls", "reg")}
+        return {f"distill_{level}": weight for level, weight in weights.items() if weight > 0}
 
 
 class DistillationStep(nn.Module):

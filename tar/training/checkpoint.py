@@ -60,7 +60,8 @@ def load(path):
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of a TorchScript file before it refuses it
             state = torch.load(path, map_location="cpu", weights_only=True)
-        sound = zipfile.ZipFile(path).testzip() is None  # torch does not look at the checksums
+        with zipfile.ZipFile(path) as file:
+            sound = file.testzip() is None  # torch does not look at the checksums
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
@@ -83,12 +84,12 @@ def _what_it_is(path):
     if os.path.isdir(path):
         return "a folder, give the last.pth in it"
     names, content = [], b""
-    if zipfile.is_zipfile(path):
+    with contextlib.suppress(OSError, zipfile.BadZipFile):  # a damaged file tells nothing
+        with open(path, "rb") as file:
+            content = file.read(1 << 20)
         with zipfile.ZipFile(path) as file:
             names = [os.path.basename(name) for name in file.namelist()]
             content = b"".join(file.read(name) for name in file.namelist() if name.endswith("data.pkl"))
-    elif os.path.isfile(path):
-        content = Path(path).read_bytes()[: 1 << 20]
     if "constants.pkl" in names:
         return "a TorchScript model, give the last.pth of its run"
     return next((f"a checkpoint of {name}" for name in PROGRAMS if name.encode() in content.lower()), None)

@@ -1,6 +1,7 @@
 """How a program ends: one process says what went wrong, a user's mistake in one line, and none waits for another."""
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -25,13 +26,16 @@ def program(name):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding lacks
     try:
         yield
+    except SystemExit:
+        raise
     except BaseException as error:
         line, code = in_one_line(error)
         if not STORES and line is None:  # a fault of the program's own
             raise
-        if is_first():
-            print(f"{name}: error: {line}" if line else traceback.format_exc(), file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a full disk, a closed pipe
+            if is_first():
+                print(f"{name}: error: {line}" if line else traceback.format_exc(), file=sys.stderr, flush=True)
+            sys.stdout.flush()
         if STORES:
             os._exit(code)
         sys.exit(code)
@@ -44,11 +48,11 @@ def in_one_line(error):
     text = one_line(error)
     if isinstance(error, UserError | Stopped):  # one of a loader process arrives at the end of a traceback
         return str(error).strip().splitlines()[-1].removeprefix("tar.UserError: "), error.code
-    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return f"{text.split(' Tried to allocate')[0]} Give a smaller --batch-size or --size; what was saved is kept", 2
-    if isinstance(error, OSError) and error.filename:  # no right to read it, a name that is too long
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG):
         return f"{error.filename}: {error.strerror}", 2
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a loader process has ended: {text} If memory ran out, give fewer --workers; what was saved is kept", 2
     return None, 1
 
@@ -56,6 +60,6 @@ def in_one_line(error):
 def is_first():
     """Whether no other process has failed before this one."""
     try:
-        return not STORES or STORES[0].add("failures", 1) == 1
+        return STORES[0].add("failures", 1) == 1 if STORES else os.environ.get("RANK", "0") == "0"
     except RuntimeError:  # the process that held the store has ended
         return False

@@ -173,16 +173,19 @@ def contradiction(args):
     usual = {**vars(parser().parse_args([])), **RECIPES[args.recipe or args.dataset]}
     usual["weight_backbone"] = usual_backbone_weight(args)
 
+    off = [f"--no-{level}" for level in LEVELS if getattr(args, f"no_{level}")]
+
     def given(names):
         return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != usual[name]]
 
-    distils = args.student and not (args.teacher or args.table) and given(DISTILLATION)
+    distils = args.student and not (args.teacher or args.table) and off + given(DISTILLATION)
     needs_student = args.teacher or args.teacher_weights or args.dataset != "shapes"
     other_regions = args.detector == "retinanet" and (args.no_sharing or args.proposals != "student")
     all_regions, (low, high) = args.soft_labels == "all", args.size
     for wrong, why in (
         (needs_student and not (args.student or args.table or args.check_data), "--student BACKBONE is missing"),
         (args.teacher_weights and args.student and not args.teacher, "--teacher-weights needs --teacher BACKBONE"),
+        (args.teacher_weights and args.teacher_epochs, "--teacher-epochs: --teacher-weights is trained already"),
         (distils, f"{(distils or [''])[0]} needs --teacher BACKBONE"),
         *((flag, f"{flag} needs --dataset {d}") for d in ONLY_OF if d != args.dataset for flag in given(ONLY_OF[d])),
         (low > high, f"--size {low} {high}: the limit of the longer side is below the shorter side"),

@@ -27,10 +27,13 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: --"):
             near = get_close_matches(message.split()[2].split("=")[0], self._option_string_actions, 1, 0.75)
             message += "".join(f"; did you mean {flag}?" for flag in near)
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        first = os.environ.get("RANK", "0") == "0"  # of several processes
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n" if first else None)
 
 
 def number(kind, least, text, most=2**31 - 1):
+    """A type of argparse: int or float from least to most, `text` in its error."""
+
     def convert(word):
         try:
             value = kind(word)

@@ -14,7 +14,7 @@ from large_coco import CROWDS, write_large
 from tar import UserError
 from tar.data.coco import Coco
 from tar.data.datasets import load_dataset, load_test_set
-from tar.data.file_names import FileNames
+from tar.data.file_names import FileNames, find_images
 from tar.data.loader import Samples
 from tar.evaluation.average_precision import coco_metrics
 
@@ -409,3 +409,12 @@ def test_a_test_file_of_other_classes_is_refused_by_name(tmp_path):
     for load, known in ((load_dataset, {}), (load_test_set, {"classes": ["person", "sign", "brush"]})):
         with pytest.raises(UserError, match=f"^{re.escape(str(file))}: .*trained on: .* cup, and does not list brush$"):
             load("coco", data_path=root, **known)
+
+
+def test_a_file_of_another_folder_does_not_take_the_place_of_one_that_is_missing(tmp_path):
+    """train/1.png is not there: val/1.png is another picture."""
+    assert find_images(["train/1.png"], tmp_path, "x.json") == ([str(tmp_path / "train/1.png")], [])
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/1.png").touch()
+    assert find_images(["train/1.png"], tmp_path, "x.json")[0] == [str(tmp_path / "train/1.png")]
+    assert find_images(["old/val/1.png"], tmp_path, "x.json")[0] == [str(tmp_path / "val/1.png")]

@@ -96,6 +96,7 @@ def test_corners_are_put_in_order_one_pixel_is_a_box_and_what_lies_outside_is_dr
         ("1", ["from the XML.jpg"], "from the XML.jpg"),
         ("1", ["1.png", "1.jpg"], UserError),
         ("1", ["2.png"], UserError),
+        ("cam2/1", ["cam1/1.jpg"], UserError),  # another picture
     ],
 )
 def test_which_file_an_entry_of_a_list_means(tmp_path, entry, files, found):
@@ -112,7 +113,7 @@ def test_which_file_an_entry_of_a_list_means(tmp_path, entry, files, found):
         (tmp_path / f"ImageSets/Main/{split}.txt").write_text(entry + "\n")
     if found is UserError:
         with pytest.raises(
-            UserError, match="'1' may be .*1.(jpg|png) or .*1.(jpg|png)" if files[1:] else "no image '1'"
+            UserError, match="'1' may be .*1.(jpg|png) or .*1.(jpg|png)" if files[1:] else f"no image '{entry}'"
         ):
             load_dataset("voc", tmp_path)
     else:

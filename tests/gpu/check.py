@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 BENCH = "--teacher r101 --student r50 --size 800 1333 --image 800 1200 --device cuda"
 DRY_BENCH = "--teacher r18 --student r18 --size 64 96 --image 64 96 --rois 16 --rounds 1 --warmup 0 --device cpu"
 CLAIM = (
@@ -93,7 +94,6 @@ def look_at(figures, words):
 
 def train_table(args):
     if args.dry:
-        sys.path.insert(0, str(ROOT / "tests"))
         from coco_sets import annotation, entry, write_coco
 
         boxes = [annotation(i, (1, 13, 90)[i % 3], [4, 4, 20, 16], id=i) for i in range(1, 5)]

@@ -17,9 +17,17 @@ from tar.training.stop_signals import Stopped
 STATE = {"model": {"w": torch.zeros(200_000)}, "build": {}, "classes": [], "settings": {"lr": 1}}
 
 
-def flip(content):
-    middle = len(content) // 2  # inside the tensor
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+def flip(content, at=None):
+    at = at or len(content) // 2  # inside the tensor
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def flip_pickle(content):
+    return flip(content, content.index(b"settings") - 5)  # the opcode of a text
+
+
+def cut(content):
+    return content[:-1000]
 
 
 def resumed(folder, lr=1):
@@ -29,7 +37,7 @@ def resumed(folder, lr=1):
     return saved and saved["step"], "".join(said)
 
 
-@pytest.mark.parametrize("damage", [flip, lambda content: content[:-1000], lambda _: b""], ids=["bit", "cut", "empty"])
+@pytest.mark.parametrize("damage", [flip, flip_pickle, cut, lambda _: b""], ids=["bit", "pickle", "cut", "empty"])
 def test_damage_is_noticed_and_the_checkpoint_before_it_used(tmp_path, damage):
     last = tmp_path / "last.pth"
     assert resumed(tmp_path) == (None, "")
