@@ -60,3 +60,6 @@ def test_what_is_said_of_an_error():
     assert "--batch-size" in text and code == 2
     assert "--size" in in_one_line(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))[0]
     assert in_one_line(RuntimeError("a fault of ours")) == (None, 1)
+    assert in_one_line(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\na fault")) == (None, 1)
+    assert in_one_line(FileNotFoundError(2, "No such file or directory", "a")) == (None, 1)
+    assert in_one_line(PermissionError(13, "Permission denied", "a.jpg")) == ("a.jpg: Permission denied", 2)
