@@ -33,7 +33,7 @@ class SharedRegions:
 
     def positive(self):
         """The rows of positive regions only: another SharedRegions."""
-        kept = self.label.nonzero()[:, 0]  # here the host waits for a GPU
+        [kept] = nonzero_rows([self.label])
         rows = {name: value[kept] for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return SharedRegions(**rows, box_coder=self.box_coder, sigmoid=self.sigmoid)
 
@@ -73,7 +73,7 @@ def faster_rcnn_outputs(student, features, images, targets, teacher=None, teache
     rows = []
     for *of_images, outputs in sets:
         if settings.soft_labels == "positive":
-            positive = [labels.nonzero()[:, 0] for labels in of_images[2]]  # here the host waits for a GPU
+            positive = nonzero_rows(of_images[2])
             if outputs is not None:
                 sampled = [len(labels) for labels in of_images[2]]
                 outputs = (torch.cat(selected(output.split(sampled), positive)) for output in outputs)
@@ -109,9 +109,8 @@ def retinanet_outputs(student, features, images, targets, teacher=None, teacher_
             both[2] = teacher.head.classification_head(levels).float()
         if settings.weight_reg > 0:
             both[3] = teacher.head.regression_head(levels).float()
-    rows = []
-    for i, target in enumerate(targets):
-        kept = (matched[i] >= (0 if settings.soft_labels == "positive" else -1)).nonzero()[:, 0]
+    rows, least = [], 0 if settings.soft_labels == "positive" else -1
+    for i, (target, kept) in enumerate(zip(targets, nonzero_rows([m >= least for m in matched]), strict=True)):
         index = matched[i][kept]
         label = torch.cat([target["labels"], target["labels"].new_zeros(1)])[index]  # -1 is the last: background
         region, gt_box = anchors[i][kept], matched_boxes([target], [index.clamp(min=0)])[0]
@@ -164,6 +163,12 @@ def nearest_proposals(proposals, teacher_proposals, targets, least=0.5):
 def anchor_generator(model):
     """A detector's own anchor generator."""
     return model.anchor_generator if isinstance(model, RetinaNet) else model.rpn.anchor_generator
+
+
+def nonzero_rows(each):
+    """Where tensors [R] of B images are not 0: B int64 [n]; the host waits for a GPU once, for all of their sizes."""
+    counts = torch.stack([x.count_nonzero() for x in each]).tolist()
+    return [torch.nonzero_static(x, size=count)[:, 0] for x, count in zip(each, counts, strict=True)]
 
 
 def selected(each, index):

@@ -142,7 +142,7 @@ class DistillationStep(nn.Module):
             gate = regression_gate(settings.reg_gate, shared.box_coder, *deltas, *where)
             distillation["distill_reg"] = regression_loss(*deltas, gate, positives)
             seen["gate_open"] = total_per_process(gate.sum()) / positives
-        seen["positives"] = shared.label.new_tensor(len(positive.label)).float()
+        seen["positives"] = shared.region.new_full((), len(positive.label))
         return distillation, seen
 
 
@@ -168,8 +168,10 @@ def total_per_process(count, least=0.0, device=None):
     Args:
         count: a scalar tensor, or a number, which is put on the device. The total has no gradient.
     """
-    total = torch.as_tensor(count, device=device).detach().clone()
-    total = total if total.is_floating_point() else total.float()
+    if isinstance(count, torch.Tensor):
+        total = count.detach().clone() if count.is_floating_point() else count.float()
+    else:  # full() is a kernel of a GPU; as_tensor() would copy, and the host wait
+        total = torch.full((), float(count), device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.clamp(min=least) / (dist.get_world_size() if dist.is_initialized() else 1)

@@ -50,7 +50,8 @@ def run(args, *words):
     """Runs a command in the repository and shows it; whether it succeeded."""
     words = [sys.executable, *map(str, words)]
     print("\n$", *words[1:], flush=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **({"TAR_GPU_DRY": "1"} if args.dry else {})}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **({"TAR_GPU_DRY": "1"} if args.dry else {})}
     return subprocess.run(words, cwd=ROOT, env=environment).returncode == 0
 
 

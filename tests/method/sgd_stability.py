@@ -1,6 +1,6 @@
 """Where a plain student trains with SGD, the distilled one trains too: features of trained scale, many settings.
 
-    PYTHONPATH=. python tests/method/sgd_stability.py --data-path VOC --output FILE.json [--processes 2]
+    PYTHONPATH=. python tests/method/sgd_stability.py --data-path VOC --output FILE.json [--processes 2] [--amp none]
     PYTHONPATH=. python tests/method/sgd_stability.py --print FILE.json
 
 ImageNet's ResNets may be out of reach, so stand-ins take their place: random weights whose batch norm is calibrated on
@@ -33,17 +33,18 @@ from tar.method.step import DistillationStep
 from tar.training import checkpoint
 from tar.training.flags import build_of, distillation_settings, parse
 from tar.training.guard import Guard
+from tar.training.process import Process, set_up
 
 STEPS, WARMUP, LAST = 150, 50, 30
-CPU = torch.device("cpu")
+ALONE = Process(0, 1, torch.device("cpu"), "none")
 
 
 @torch.no_grad()
 def stand_in(name, images, scale=1.0, seed=1):
-    """The state dict of a ResNet with calibrated batch norm.
+    """The state dict of a ResNet with calibrated batch norm, on the CPU.
 
     Args:
-        images: float [B, 3, H, W] in 0..1; normalised here as a detector does.
+        images: float [B, 3, H, W] in 0..1, on any device; normalised here as a detector does.
         scale: the last norm of every block and shortcut is multiplied by it, and so are the stages' outputs.
     """
     torch.manual_seed(seed)
@@ -56,8 +57,8 @@ def stand_in(name, images, scale=1.0, seed=1):
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None
     network.bn1.weight.mul_(scale)  # the first stage has no shortcut of its own in r18 and r34
-    network.train()(v2.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return network.state_dict()
+    network.to(images.device).train()(v2.normalize(images, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return network.cpu().state_dict()
 
 
 def settings():
@@ -82,7 +83,7 @@ def flags_of(detector, data_path, *more):
     return parse([str(w) for w in [*words, "--detector", detector, "--size", 160, 213, *more]])
 
 
-def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP):
+def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP, process=ALONE):
     """Trains for some steps; SGD and the clip as the recipe has them, the distillation at full weight.
 
     Returns:
@@ -92,7 +93,7 @@ def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP):
     parameters = [p for p in step.parameters() if p.requires_grad]
     options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(parameters, lr, **options)
-    guard = Guard(step, optimizer, torch.amp.GradScaler("cpu", enabled=False), CPU)
+    guard = Guard(step, optimizer, torch.amp.GradScaler("cpu", enabled=False), process.device)
     epochs = math.ceil(steps * args.batch_size / len(source))
     batches = [b for e in range(epochs) for b in train_batches(len(source), args.batch_size, seed, e, wide=source.wide)]
     curve = {"detection": [], "norm": [], "bad": []}
@@ -101,7 +102,9 @@ def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP):
         torch.manual_seed(seed * 1_000_003 + i)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (i + 1) / warmup)
-        detection, distillation, _ = step.train()(*to_device(images, targets, CPU), teacher)
+        images, targets = to_device(images, targets, process.device)
+        with process.autocast():
+            detection, distillation, _ = step.train()(images, targets, teacher)
         detection = sum(detection.values())
         loss = detection + sum(w * distillation[name] for name, w in weights.items())
         optimizer.zero_grad()
@@ -123,44 +126,46 @@ def photographs(data_path):
     return source, torch.stack([v2.resize(image, [160, 213]) for image in images]).float() / 255
 
 
-def detector_of(args, backbone, scale, folder, source, seed):
-    """A detector that starts from a stand-in, which is made once."""
+def detector_of(args, backbone, scale, folder, source, seed, process):
+    """A detector on its device that starts from a stand-in, which is made once."""
     file = folder / f"{backbone}-{scale}.pth"
     with open(f"{file}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not file.is_file():
-            torch.save(stand_in(backbone, photographs(args.data_path)[1], scale), file)
+            torch.save(stand_in(backbone, photographs(args.data_path)[1].to(process.device), scale), file)
     torch.manual_seed(seed)
     args.backbone_weights = str(file)
-    return build_detector(**build_of(args, backbone, len(source.classes)))
+    return process.place(build_detector(**build_of(args, backbone, len(source.classes))))
 
 
-def teacher_of(detector, scale, data_path, folder, source):
+def teacher_of(detector, scale, data_path, folder, source, process):
     """The teacher of a detector and a size of features: trained once, then read from the folder."""
     file, args = folder / f"teacher-{detector}-{scale}.pth", flags_of(detector, data_path)
     with open(f"{file}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        model = detector_of(args, "r101", scale, folder, source, 100).to(memory_format=torch.channels_last)
+        model = detector_of(args, "r101", scale, folder, source, 100, process)
         if not file.is_file():
-            curve = train(DistillationStep(model), None, args, source, 0.01, 100)
+            curve = train(DistillationStep(model), None, args, source, 0.01, 100, process=process)
             torch.save({"model": model.state_dict(), "curve": curve}, file)
-    model.load_state_dict(torch.load(file)["model"])
-    return model.eval().requires_grad_(False)
+    model.load_state_dict(torch.load(file, map_location=process.device)["model"])
+    process.freeze(model.eval().requires_grad_(False))
+    return model
 
 
-def student_run(setting, data_path, folder, more=()):
-    """One run of settings(): its curve."""
-    torch.set_num_threads(1)
+def student_run(setting, data_path, folder, amp, more=()):
+    """One run of settings(): its curve, clip, minutes, device and precision."""
+    process = set_up(amp=amp, threads=1)
     detector, lr, scale, seed, distilled = setting
     args = flags_of(detector, data_path, *more)
     source, _ = photographs(data_path)
     started = time.perf_counter()
-    teacher = teacher_of(detector, scale, data_path, folder, source) if distilled else None
-    student = detector_of(args, "r50", scale, folder, source, seed)
+    teacher = teacher_of(detector, scale, data_path, folder, source, process) if distilled else None
+    student = detector_of(args, "r50", scale, folder, source, seed, process)
     distillation = distillation_settings(args) if distilled else None
-    step = DistillationStep(student, distillation, args.fpn_channels).to(memory_format=torch.channels_last)
-    curve = train(step, teacher, args, source, lr, seed)
-    return {"curve": curve, "clip": args.clip_grad, "minutes": round((time.perf_counter() - started) / 60, 2)}
+    step = process.place(DistillationStep(student, distillation, args.fpn_channels))
+    curve = train(step, teacher, args, source, lr, seed, process=process)
+    minutes, about = round((time.perf_counter() - started) / 60, 2), process.about()
+    return {"curve": curve, "clip": args.clip_grad, "minutes": minutes, "device": about["device"], "amp": about["amp"]}
 
 
 def summary(run):
@@ -191,7 +196,8 @@ def report(runs):
         rows.append(row + ["-"] * (11 - len(row)))
     header = ["detector", "lr", "scale", "seed", "plain: bad", "loss", "clipped"]
     print(markdown([*header, "TAR: bad", "its loss", "its clipped", "ratio"], rows))
-    print(f"\n{len(rows)} pairs, {len(wrong)} do not hold: {', '.join(wrong) or 'none'}")
+    where = {f"{run['device']}, {run['amp']}" for run in runs.values()}
+    print(f"\n{len(rows)} pairs ({'; '.join(sorted(where))}), {len(wrong)} do not hold: {', '.join(wrong) or 'none'}")
 
 
 def main():
@@ -200,7 +206,8 @@ def main():
     p.add_argument("--output", type=Path, help="JSON file of the runs' curves, which is added to")
     p.add_argument("--print", type=Path, help="only print the table of such a file")
     p.add_argument("--work", type=Path, default=Path("runs/sgd-stability"), help="folder of stand-ins and teachers")
-    p.add_argument("--processes", type=int, default=2, help="of one thread each")
+    p.add_argument("--processes", type=int, default=2, help="of one thread each; they share a GPU where there is one")
+    p.add_argument("--amp", default="auto", help="bf16, none or auto, as train.py's")
     args = p.parse_args()
     if args.print:
         return report(json.loads(args.print.read_text()))
@@ -208,7 +215,7 @@ def main():
     runs = json.loads(args.output.read_text()) if args.output.is_file() else {}
     with ProcessPoolExecutor(args.processes) as pool:
         left = [s for s in settings() if name_of(*s) not in runs]
-        futures = {pool.submit(student_run, s, args.data_path, args.work): s for s in left}
+        futures = {pool.submit(student_run, s, args.data_path, args.work, args.amp): s for s in left}
         for future in as_completed(futures):
             runs[name_of(*futures[future])] = future.result()
             lines = (f"{json.dumps(name)}: {json.dumps(run)}" for name, run in runs.items())
