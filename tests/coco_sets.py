@@ -28,14 +28,6 @@ def write_json(file, images, annotations=(), categories=SPARSE):
     return file
 
 
-def edit_json(file, change):
-    """Changes the data of a JSON file."""
-    data = json.loads(file.read_text())
-    change(data)
-    file.write_text(json.dumps(data))
-    return file
-
-
 def write_coco(folder, images, annotations=(), categories=SPARSE):
     """A file in COCO's format and beside it its images, each of the grey level of its id."""
     for image in images:

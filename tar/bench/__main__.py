@@ -25,7 +25,7 @@ from tar.method.step import DistillationSettings, DistillationStep
 from tar.training import checkpoint
 from tar.training.failure import program
 from tar.training.flags import LEVELS
-from tar.training.parser import Parser, count, device_flags, positive
+from tar.training.parser import Defaults, Parser, count, device_flags, positive
 from tar.training.process import TYPES, set_up
 
 RESNETS = ("r18", "r34", "r50", "r101", "r152")
@@ -35,17 +35,17 @@ ROWS = (STOCK, PLAIN, TAR, FLOOR, *(f"{level} level" for level in LEVELS))
 
 
 def parser():
-    p = Parser(prog="python -m tar.bench", description=__doc__.split("\n")[0])
-    p.add_argument("--teacher", choices=RESNETS, default="r101", help="backbone (default: r101)")
-    p.add_argument("--student", choices=RESNETS, default="r50", help="backbone (default: r50)")
-    p.add_argument("--detector", choices=DETECTORS, default=DETECTORS[0], help=f"default: {DETECTORS[0]}")
+    p = Parser(prog="python -m tar.bench", description=__doc__.split("\n")[0], formatter_class=Defaults)
+    p.add_argument("--teacher", choices=RESNETS, default="r101", help="backbone")
+    p.add_argument("--student", choices=RESNETS, default="r50", help="backbone")
+    p.add_argument("--detector", choices=DETECTORS, default=DETECTORS[0], help="of teacher and student")
     p.add_argument("--size", type=positive, nargs=2, default=[600, 1000], help="shorter side, longest side; pixels")
     p.add_argument("--image", type=positive, nargs=2, default=[375, 500], help="height, width before resizing; pixels")
-    p.add_argument("--batch-size", type=positive, default=2, metavar="N", help="images a step (default: 2)")
-    p.add_argument("--rois", type=positive, default=512, metavar="N", help="regions an image (default: 512)")
-    p.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each kind (default: 5)")
-    p.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before the first counts (default: 2)")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="kinds of step (default: all)")
+    p.add_argument("--batch-size", type=positive, default=2, metavar="N", help="images a step")
+    p.add_argument("--rois", type=positive, default=512, metavar="N", help="regions an image")
+    p.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each kind")
+    p.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before the first counts")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="kinds of step")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
     device_flags(p)
     return p
@@ -61,45 +61,38 @@ def main(argv=None):
 
 def measure(args, process):
     """Measures and prints the chosen kinds of step. Returns what --json holds."""
-    names = ("teacher", "student", "detector", "size", "image", "batch_size", "rois", "rounds")
-    about = process.about() | {name: getattr(args, name) for name in names}
+    about = vars(args) | process.about()
     print(", ".join(f"{k} {v}" for k, v in about.items()))
     kinds = {name: kind for name, kind in kinds_of_step(args, process).items() if name in args.rows}
     steps, ratios = times(args, process, kinds)
-    peaks = {amp: peak(process, amp) for amp in dict.fromkeys(("none", process.amp))}
-    counted, shares, memory, lines = {}, {}, {}, []
+    peaks = {amp: peak(process, amp) for amp in ("none", process.amp)}
+    counted, shares, lines = {}, {}, []
     for name, (what, step) in kinds.items():
         torch.manual_seed(1000)
         counted[name] = flops(step) / args.batch_size
         ms, low, high = (f(steps[name]) for f in (median, min, max))
         shares[name] = counted[name] / (ms / 1000) / peaks["none" if name == STOCK else process.amp]
         line = {"row": name, "what": what, "ms an image": f"{ms:.0f} ({low:.0f} to {high:.0f})"}
-        line |= {"GFLOP an image": f"{counted[name] / 1e9:.0f}", "of peak": f"{100 * shares[name]:.0f}%"}
-        if process.device.type == "cuda":  # the models of all kinds are on it
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            memory[name] = line["peak memory, GiB"] = torch.cuda.max_memory_allocated() / 2**30
-        lines.append(line)
+        lines.append(line | {"GFLOP an image": counted[name] / 1e9, "of peak": f"{100 * shares[name]:.0f}%"})
     print("\n" + rows_table(lines) + "\n")
     for name, ratio in ratios.items():
         print(f"{name}: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
-    figures = {"about": about, "steps": steps, "ratios": ratios, "flops": counted, "peak": peaks, "of_peak": shares}
-    return {**figures, "memory": memory}
+    return {"about": about, "steps": steps, "ratios": ratios, "flops": counted, "peak": peaks, "of_peak": shares}
 
 
 def times(args, process, kinds):
     """Rounds of one step of each kind: {row: ms an image of each round}, {name of a ratio: {median, min, max}}."""
-    seconds = {name: [] for name in kinds}
+    steps, ratios = {name: [] for name in kinds}, {}
     for number in range(-args.warmup, args.rounds):
         for name, (_, step) in kinds.items():
             torch.manual_seed(1000 + number)  # all kinds sample the same regions
-            seconds[name].append(timed(process, step))
-    seconds, ratios = {name: of_row[args.warmup :] for name, of_row in seconds.items()}, {}
+            steps[name].append(1000 * timed(process, step) / args.batch_size)
+    steps = {name: of_row[args.warmup :] for name, of_row in steps.items()}
     for one, other in ((TAR, FLOOR), (TAR, PLAIN), *((row, STOCK) for row in kinds if row != STOCK)):
         if {one, other} <= kinds.keys():
-            each = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
+            each = [a / b for a, b in zip(steps[one], steps[other], strict=True)]
             ratios[f"{one}_over_{other}".replace(" ", "_")] = {f.__name__: f(each) for f in (median, min, max)}
-    return {name: [1000 * s / args.batch_size for s in of_row] for name, of_row in seconds.items()}, ratios
+    return steps, ratios
 
 
 def peak(process, amp):
@@ -110,23 +103,17 @@ def peak(process, amp):
 
 
 def draw_batch(count, height, width):
-    """Noise as images uint8 [3, height, width], and targets; boxes cover 42% on average, as in VOC 2007's trainval."""
-    random, size = torch.Generator().manual_seed(0), torch.tensor([width, height])
-    images = [torch.randint(256, (3, height, width), dtype=torch.uint8, generator=random) for _ in range(count)]
-    targets = []
-    for number in torch.randint(2, 10, (count,), generator=random).tolist():
-        sides = 0.1 * 8.3 ** torch.rand(number, 2, generator=random) * size
-        corners = torch.rand(number, 2, generator=random) * (size - sides)
-        labels = torch.randint(1, CLASSES + 1, (number,), generator=random)
-        targets.append({"boxes": torch.cat([corners, corners + sides], 1), "labels": labels})
-    return images, targets
+    """Noise as images uint8 [3, height, width], and targets; boxes cover 42%, as they do on average in VOC 2007."""
+    images = torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
+    boxes = torch.tensor([[0.05, 0.1, 0.45, 0.7], [0.5, 0.3, 0.95, 0.7]]) * torch.tensor([width, height] * 2)
+    return list(images), [{"boxes": boxes, "labels": torch.tensor([1, CLASSES])}] * count
 
 
 def our_detector(args, backbone):
     """Our detector, random but for the end of each residual block, which adds little: features stay finite."""
-    options = {"min_size": args.size[0], "max_size": args.size[1], "rois": args.rois}
-    options["anchor_scale"] = 8 if args.detector == "faster-rcnn" else 4
-    model = build_detector(args.detector, backbone, CLASSES, norm="frozen", trainable_layers=3, **options)
+    sizes = {"min_size": args.size[0], "max_size": args.size[1], "rois": args.rois}
+    sizes["anchor_scale"] = 8 if args.detector == "faster-rcnn" else 4
+    model = build_detector(args.detector, backbone, CLASSES, norm="frozen", trainable_layers=3, **sizes)
     for block in model.backbone.modules():
         if isinstance(block, BasicBlock | Bottleneck):
             getattr(block, "bn3", block.bn2).weight.fill_(0.2)
@@ -135,13 +122,13 @@ def our_detector(args, backbone):
 
 def stock_detector(args, weights):
     """torchvision's own student as its reference script builds it, with our weights."""
-    sizes, backbone = {"min_size": args.size[0], "max_size": args.size[1]}, BACKBONES[args.student]
+    sizes = {"min_size": args.size[0], "max_size": args.size[1]}
     if args.detector == "faster-rcnn":
-        body = resnet_fpn_backbone(backbone_name=backbone, weights=None)
-        model = FasterRCNN(body, CLASSES + 1, box_batch_size_per_image=args.rois, **sizes)
+        levels, kind, sizes["box_batch_size_per_image"] = {}, FasterRCNN, args.rois
     else:
-        levels = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
-        model = RetinaNet(resnet_fpn_backbone(backbone_name=backbone, weights=None, **levels), CLASSES + 1, **sizes)
+        levels, kind = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}, RetinaNet
+    body = resnet_fpn_backbone(backbone_name=BACKBONES[args.student], weights=None, **levels)
+    model = kind(body, CLASSES + 1, **sizes)
     model.load_state_dict(weights)
     return model
 

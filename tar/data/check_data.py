@@ -1,6 +1,6 @@
 """What a data set holds: a line or two before each training; every image, read and counted, for --check-data."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from statistics import median
 
@@ -8,43 +8,37 @@ import torch
 from torch.utils.data import DataLoader
 
 from tar import UserError
-from tar.data.image_files import oddities
 from tar.data.loader import processes
-from tar.data.source import listed
+from tar.data.source import counted
 
 
 def _facts(source, index):
-    """The facts about one image as a dict, or the text of the error that reading it raises."""
+    """An image's (width, height) and its boxes' labels, ignored flags and shorter sides; or why it cannot be read."""
     try:
         image, boxes, labels, ignored = source.load(0, index)
     except UserError as error:
         return str(error)
-    name, sides = source.name(0, index), (boxes[:, 2:] - boxes[:, :2]).amin(1).tolist()
-    odd = oddities(name, source.sizes[index].tolist(), source.exif) + ([] if len(boxes) else ["without a box"])
-    facts = {"labels": labels.tolist(), "ignored": int(ignored.sum()), "shorter sides": sides}
-    return {**facts, "name": name, "width": image.shape[2], "height": image.shape[1], "oddities": odd}
+    return image.shape[:0:-1], labels.tolist(), ignored.tolist(), (boxes[:, 2:] - boxes[:, :2]).amin(1).tolist()
 
 
 def check_data(source, title, process, workers=0):
     """Reads every image of a Source and prints what it holds; returns the number of images that cannot be read."""
     loader = DataLoader(range(len(source)), None, collate_fn=partial(_facts, source), **processes(workers))
     rows = list(process.progress(f"reading {title}")(loader))
-    facts, errors = [r for r in rows if isinstance(r, dict)], [r for r in rows if isinstance(r, str)]
-    boxes, images, lists = Counter(), Counter(), defaultdict(list)
-    for fact in facts:
-        boxes.update(fact["labels"])
-        images.update(set(fact["labels"]))
-        for what in fact["oddities"]:
-            lists[f"images: {what}"].append(fact["name"])
-    ignored, sides = sum(f["ignored"] for f in facts), sorted(side for f in facts for side in f["shorter sides"])
+    errors, facts = [r for r in rows if isinstance(r, str)], [r for r in rows if not isinstance(r, str)]
+    boxes, images = Counter(), Counter()
+    for _, labels, *_ in facts:
+        boxes.update(labels)
+        images.update({*labels})
+    ignored, sides = sum(sum(f[2]) for f in facts), sorted(side for f in facts for side in f[3])
     process.say(f"\n{title}: {len(rows)} images, {len(sides)} boxes, {ignored} of them ignored")
     if facts:
-        widths, heights = ([f[key] for f in facts] for key in ("width", "height"))
+        widths, heights = zip(*(size for size, *_ in facts), strict=True)
         process.say(f"  pixels: {min(widths)} to {max(widths)} wide, {min(heights)} to {max(heights)} high")
     if sides:
         process.say(f"  shorter side of a box: {sides[0]:.1f} to {sides[-1]:.1f}, median {median(sides):.1f} pixels")
-    for what, names in sorted(lists.items()):
-        process.say(f"  {len(names)} {what}: {listed(names)}")
+    for note in counted("images without a box", [source.name(0, i) for i, row in enumerate(rows) if row[1] == []]):
+        process.say(f"  {note}")
     width = max(map(len, ("class", *source.classes)))
     process.say(f"\n  {'class':<{width}}    boxes   images")
     for label, name in enumerate(source.classes, 1):

@@ -1,10 +1,8 @@
 """The data sets by name: the training and the test source of each."""
 
-import os
 import re
 import unicodedata
 from collections import defaultdict
-from pathlib import Path
 
 from tar import UserError
 from tar.data.coco import Coco, coco_files
@@ -38,15 +36,13 @@ def load_dataset(
         files: COCO's training JSON and images, test JSON and images; None for the usual path under data_path.
         limit_train, limit_test: number of images to use, the first ones; 0 for all.
         seed: of the shapes that are drawn for training.
-        split: "test"; or "val" to tune on: voc then trains on the train list instead of trainval and tests on the val
-            list, shapes tests on other images. COCO's test source is always val2017.
+        split: "test"; or "val" to tune on: voc's train and val list instead of trainval and test, other shapes.
         keep_empty: train on COCO's images without boxes too.
         exif: "auto", "upright" or "stored", see read_image.
     """
     if name == "shapes":
         train = Shapes("train", limit_train or SHAPES_IMAGES["train"], seed)
         return train, load_test_set(name, train.classes, limit=limit_test, split=split)
-    data_path, *files = (path and Path(os.path.expanduser(path)) for path in (data_path, *files))
     if name == "coco":
         train = Coco(*coco_files(data_path, files)[:2], keep_empty, limit_train, train=True, exif=exif)
         test = load_test_set(name, train.classes, data_path, years, files, limit_test, split, exif)
@@ -57,8 +53,9 @@ def load_dataset(
         classes = voc_classes([image for images, _ in parts for image in images])
         limits = (limit_train, limit_test)
         train, test = (voc_source(p[0], classes, p[1], n, exif) for p, n in zip(parts, limits, strict=True))
-    if train.why_no_box:
-        raise UserError(train.why_no_box)
+    if train.ignored.all():  # there may be no box at all
+        why = "all boxes are crowds or difficult" if len(train.boxes) else "none can be used"
+        raise UserError("; ".join([f"{train.list_file}: no box to train on: {why}", *train.notes]))
     look_at_classes(train, test)
     return train, test
 
@@ -69,12 +66,11 @@ def load_test_set(
     """The test source alone, for a detector of the given classes; the other arguments as in load_dataset."""
     if name == "shapes":
         return Shapes(split, limit or SHAPES_IMAGES["test"])
-    data_path, *files = (path and Path(os.path.expanduser(path)) for path in (data_path, *files))
-    if name == "coco" and split == "val":
-        raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
     if name == "voc":
         images, list_file = read_voc(data_path, years, split)
         return voc_source(images, classes, list_file, limit, exif)
+    if split == "val":
+        raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
     return Coco(*coco_files(data_path, files)[2:], limit=limit, classes=classes, exif=exif)
 
 

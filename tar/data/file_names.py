@@ -1,84 +1,74 @@
-"""Finding the image files that a COCO file names, and keeping many names in little memory."""
+"""Which image file a data set means by a name: its folder may have moved, its suffix or case may differ."""
 
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
 from urllib.parse import unquote
 
-import numpy as np
-
 from tar import UserError
-from tar.data.image_files import files_in
+from tar.data.image_files import files_in, suffixes
+from tar.data.source import counted
 
-LONGEST = 1000  # characters of a file's name
 
+class Files:
+    """The files below a folder whose suffix is among `kinds`; `parts` gives a path's parts as they are compared."""
 
-class FileNames(Sequence):
-    """A list of paths as one array of bytes: loader processes share it, where strings would be copied in each."""
+    def __init__(self, folder, parts, kinds=("",)):
+        self.folder, self.parts, self.paths = os.path.normpath(folder), parts, defaultdict(list)
+        for path in map(os.path.normpath, files_in(folder)):
+            if path.lower().endswith(tuple(kinds)):
+                self.paths[parts(path)[0]].append(path)
 
-    def __init__(self, names):
-        names = [os.fsencode(name) for name in names]
-        self.ends = np.cumsum([0, *map(len, names)])
-        self.text = np.frombuffer(b"".join(names), dtype=np.uint8)
+    def find(self, name, list_file):
+        """The file whose path ends in as much of a name as any, None if there is none; UserError if two fit equally.
 
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, index):
-        index = range(len(self))[index]
-        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]].tobytes())
+        A name with folders does not mean a file of another folder, unless that is `folder` itself.
+        """
+        given, has_folders = os.path.normpath(os.path.join(self.folder, name)), len(self.parts(name)) > 1
+        fits = defaultdict(list)  # {how well: paths}
+        for path in self.paths.get(self.parts(given)[0], ()):
+            common = len(os.path.commonprefix([self.parts(given), self.parts(path)]))  # noqa: RUF071  (of lists)
+            if common > 1 or not has_folders or os.path.dirname(path) == self.folder:
+                fits[path == given, os.path.splitext(path)[0] == given, common].append(path)
+        best = fits[max(fits)] if fits else [None]
+        if len(best) > 1:
+            raise UserError(f"{list_file}: {name!r} may be {best[0]} or {best[1]}; name it as it lies in {self.folder}")
+        return best[0]
 
 
 def find_images(names, folder, list_file):
-    """The paths of the images that a COCO file names, and sentences that say what was found under another name.
+    """The paths of the images that a COCO file names, and a note about those that lie under another name.
 
-    A name counts as it stands; each folder is listed once. Where there is no such file, the one below `folder` fits
-    that no other name has and whose path ends in as much of the name as any: without a prefix or the path of a media
-    server, with / for a backslash, a space for %20, in other case. Where the name has folders, the file must lie in the
-    last of them, or in `folder` itself. Else the name stays as it is. UserError if two files fit equally, if one file
-    fits two names, or if a name is an image written as text.
+    A name counts as it stands; where there is no such file, the one that Files.find gives counts, if any.
+    UserError if one file fits two names, or if a name is an image written as text.
     """
-    listed, below, found = {}, defaultdict(list), {}
     for name in names:
-        if len(name) > LONGEST or name.startswith("data:"):
+        if len(name) > 1000 or name.startswith("data:"):
             raise UserError(f"{list_file}: file_name {name[:40]}... is an image as text; save it as a file, name that")
     paths = [os.path.join(folder, name) for name in names]
-    missing = {i: _parts(names[i]) for i, path in enumerate(paths) if not _is_listed(path, listed)}
+    missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)]
     if not missing:
         return paths, []
-    longest, taken = max(map(len, missing.values())), set(map(os.path.normpath, paths))
-    for path in map(os.path.normpath, files_in(folder)):
-        parts = _parts(path) if path not in taken else ()
-        for length in range(1, min(len(parts), longest) + 1):
-            below[parts[:length]].append(path)
-    for i, parts in missing.items():
-        length = next((length for length in range(len(parts), 0, -1) if parts[:length] in below), 0)
-        fits = below[parts[:length]] if length else ()
-        if len(fits) > 1:
-            raise UserError(f"{list_file}: {names[i]} may be {fits[0]} or {fits[1]}; name it as it lies in {folder}")
-        if length == 1 < len(parts):  # another folder's file of this name must not be taken
-            fits = [path for path in fits if os.path.dirname(path) == os.path.normpath(folder)]
-        for path in fits:
-            other, paths[i] = found.setdefault(path, names[i]), path
+    files, moved = Files(folder, _loose_parts), []
+    meant = dict(zip(map(os.path.normpath, paths), names, strict=True))
+    for i in missing:
+        path = files.find(names[i], list_file)
+        if path:
+            other, paths[i] = meant.setdefault(path, names[i]), path
             if other != names[i]:
                 raise UserError(f"{list_file}: {other} and {names[i]} would both be {path}; one file is missing")
-    first = [f"{name} is {path}" for path, name in found.items()][:1]
-    return paths, [f"{len(found)} images lie under other names than {list_file} gives: {text}" for text in first]
+            moved.append(f"{names[i]} is {path}")
+    return paths, counted(f"images lie under other names than {list_file} gives", moved)
 
 
-def _is_listed(path, listed):
-    """Whether a folder's list has a path; listed: {folder: names in it}, filled in here."""
-    folder, name = os.path.split(path)
-    if folder not in listed:
-        try:
-            listed[folder] = set(os.listdir(folder))
-        except (OSError, ValueError):
-            listed[folder] = ()
-    return name in listed[folder]
-
-
-def _parts(path):
+def _loose_parts(path):
     """The parts of a path from its end without case, Unicode form and %20; also of Windows or Label Studio's ?d=."""
-    return tuple(re.split(r"[\\/]+|\?d=", unicodedata.normalize("NFC", unquote(path)).casefold())[::-1])
+    return re.split(r"[\\/]+|\?d=", unicodedata.normalize("NFC", unquote(path)).casefold())[::-1]
+
+
+def stem_parts(path):
+    """The parts of a path from its end, without the suffix of an image or of an XML file; also of Windows."""
+    *folders, last = re.split(r"[\\/]+", path)
+    stem, suffix = os.path.splitext(last)
+    return [stem if suffix.lower() in {".xml", *suffixes()} else last, *folders[::-1]]

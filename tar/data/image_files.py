@@ -13,7 +13,6 @@ from tar import UserError, one_line
 
 EXIF = ("auto", "upright", "stored")
 MAX_ASPECT = 50  # longer side over shorter; the detector's resize would leave nothing of a longer strip
-DEEP = ("I", "F")  # first letters of PIL's modes of more than 8 bits
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on it changes width for height
 
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # which is no orientation then
@@ -22,20 +21,19 @@ warnings.filterwarnings("ignore", "Corrupt EXIF data")  # which is no orientatio
 def read_image(file, size=None, exif="auto"):
     """An image file of any mode as uint8 [3, H, W]: grey in three equal channels, no alpha, 16 bits become 8.
 
-    exif: "upright" turns it as EXIF's orientation says, "stored" does not. "auto" turns it unless the size (width,
-    height) that its annotation gives is that of the stored pixels only. (PIL itself turns a TIFF, always.)
-    UserError, which names the file, if it cannot be read as an image or is a strip.
+    exif: "upright" turns it as EXIF's orientation says, "stored" does not. "auto" turns it unless the (width, height)
+    of its annotation fits the stored pixels only. UserError if it cannot be read as an image or is a strip.
     """
     try:
         with Image.open(file) as image:
             orientation = orientations(image, size, exif)[1]
-            width, height = image.size
-            if max(width, height) <= MAX_ASPECT * min(width, height):
-                return turn(v2.pil_to_tensor(in_eight_bits(image).convert("RGB")), torch.zeros(0, 4), orientation)[0]
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ValueError(f"a strip of {image.width} x {image.height} pixels")
+            pixels = v2.pil_to_tensor(_in_eight_bits(image).convert("RGB"))
     except Exception as error:  # decoders raise many kinds for a broken file, a bomb has one of its own
         reason = f"cannot be read as an image ({one_line(error)}); replace it or take it off the list"
         raise UserError(f"{file}: {reason}") from None
-    raise UserError(f"{file}: a strip of {width} x {height} pixels; take it off the list")
+    return turn(pixels, torch.zeros(0, 4), orientation)[0]
 
 
 def read_header(file, size=None, exif="auto"):
@@ -48,15 +46,15 @@ def read_header(file, size=None, exif="auto"):
         return None
 
 
-def orientations(image, size=None, exif="auto"):
+def orientations(image, size, exif):
     """EXIF's orientation of an image of PIL, 1 to 8, and the one by which read_image turns it; 1: as it is stored."""
     try:
-        given = 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION)
+        given = image.getexif().get(ORIENTATION)
     except Exception:  # rubbish
         given = 1
-    given = given if given in range(1, 9) else 1
-    width, height = image.size
-    as_stored = size and (width, height) == tuple(size) and width != height and given >= 5
+    if image.format == "TIFF" or given not in range(1, 9):  # PIL itself turns a TIFF
+        given = 1
+    as_stored = size and image.size == tuple(size) and image.width != image.height and given >= 5
     return given, 1 if exif == "stored" or (exif == "auto" and as_stored) else given
 
 
@@ -72,9 +70,9 @@ def turn(image, boxes, orientation):
     return image, torch.stack([x0, y0, x1, y1], 1)
 
 
-def in_eight_bits(image):
+def _in_eight_bits(image):
     """An image of PIL with values in 0..255: those of 16 bits are divided, others left as they are."""
-    if image.mode[0] not in DEEP:
+    if image.mode[0] not in "IF":  # more than 8 bits
         return image
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
@@ -82,18 +80,6 @@ def in_eight_bits(image):
     if image.mode != "I" or values.max() > 255:
         values = values // 257
     return Image.fromarray(values.astype(np.uint8))
-
-
-def oddities(file, size, exif="auto"):
-    """What is unusual about an image file that is thought to have a size (width, height): words, [] for a plain one."""
-    found, orientation, _, mode = read_header(file, size, exif)
-    words = {"L": "grey", "1": "one bit", "P": "palette", "CMYK": "CMYK", "RGBA": "alpha", "LA": "alpha"}
-    odd = [] if mode == "RGB" else [words.get(mode, f"mode {mode}")]
-    if orientation != 1:
-        odd.append("EXIF orientation")
-    if tuple(size) != found:
-        odd.append("width or height other than its annotation says")
-    return odd
 
 
 @cache
@@ -109,8 +95,11 @@ def files_in(folder):
     def refuse(error):
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
 
-    seen = {os.path.realpath(folder)}
+    seen = set()  # a link may lead back
     for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        folders[:] = sorted({f for f in folders if os.path.realpath(os.path.join(place, f)) not in seen})
-        seen |= {os.path.realpath(os.path.join(place, f)) for f in folders}
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders.sort()
         yield from (os.path.join(place, name) for name in names)

@@ -34,10 +34,9 @@ class Samples(Dataset):
 def train_batches(length, batch_size, seed, epoch, rank=0, world=1, wide=None):
     """The keys, lists of (epoch, index), of one process's training batches in one epoch.
 
-    Batch k of all processes together is the k-th slice of one order of the images; the order does not depend on the
-    number of processes. The first images fill up the end, so that every process has the same number of batches.
-    Where `wide` says whether each image is wider than high, images of one orientation share a batch as far as possible,
-    which saves padding; without it the order is a plain permutation.
+    Batch k of all processes together is the k-th slice of one order of the images. The first images fill up the end, so
+    that every process has as many batches. `wide`: whether each image is wider than high; images of one orientation
+    then share a batch as far as possible, which saves padding.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(length, generator=generator).tolist()
@@ -56,26 +55,20 @@ def train_batches(length, batch_size, seed, epoch, rank=0, world=1, wide=None):
 
 def test_batches(length, batch_size, rank=0, world=1):
     """The keys of one process's test batches: each image is in one batch of one process, whatever their number."""
-    batches = [[(0, i) for i in range(k, min(k + batch_size, length))] for k in range(0, length, batch_size)]
-    return batches[rank::world]
+    keys = [(0, index) for index in range(length)]
+    return [keys[i : i + batch_size] for i in range(0, length, batch_size)][rank::world]
 
 
 def make_loader(source, train, batches, seed=0, workers=0, pin_memory=False):
     """A loader of (list of images uint8, list of targets); batches: lists of keys, as of train_batches."""
-    return DataLoader(
-        Samples(source, train, seed),
-        batch_sampler=batches,
-        **processes(workers),
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-    )
+    options = {"collate_fn": _collate, "pin_memory": pin_memory, **processes(workers)}
+    return DataLoader(Samples(source, train, seed), batch_sampler=batches, **options)
 
 
 def processes(workers):
     """DataLoader's arguments for loader processes. On Linux they are forked: a new one would import torch again."""
-    forked = workers and sys.platform == "linux"
-    context = {"multiprocessing_context": "fork" if forked else None, "worker_init_fn": _ignore_signals}
-    return {"num_workers": workers, **context}
+    context = "fork" if workers and sys.platform == "linux" else None
+    return {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": _ignore_signals}
 
 
 def _ignore_signals(_):

@@ -1,9 +1,7 @@
 """The data set of drawn shapes: drawn from a seed, the same pixels on every machine, no files.
 
-Eight classes in any rotation and colour, on textured backgrounds, at sizes from a sixth to over half of the image, with
-overlap, clutter, transparency and noise. Training images are new in every epoch, so that a large detector does not
-over-fit, and the teacher is better than the student.
-
+Eight classes in any rotation and colour, on textured backgrounds, with overlap, clutter, transparency and noise.
+Training images are new in every epoch, so that a large detector does not over-fit.
 Drawing uses integers and the four operations of IEEE floats only (no libm, no normal deviates), hence bit-equal pixels.
 """
 

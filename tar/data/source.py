@@ -1,6 +1,5 @@
 """Images and boxes of a data set in files, as a few flat arrays; voc.py and coco.py fill them in."""
 
-import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,6 +18,19 @@ DARK = 64  # of 255: an image whose brightest pixel is below is nearly black
 UNKNOWN = 1 << 24  # pixels: the side of an image that cannot be read; training and --check-data say why
 
 
+def number(value):
+    """A number, or a text that holds one, as float; None for anything else."""
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        return None
+
+
+def is_true(value):
+    """Whether VOC's difficult or COCO's iscrowd is set, in any of the ways that tools write it."""
+    return str(value).strip().lower() in ("1", "1.0", "true", "yes", "y", "t")
+
+
 def listed(names, most=5):
     """The first of some names, each once."""
     names = list(dict.fromkeys(names))
@@ -31,98 +43,86 @@ def counted(what, names):
 
 
 class Source:
-    """A source of tar.data. Loader processes share its arrays; lists of boxes would be copied in each.
+    """A source of tar.data. Loader processes share its arrays; lists would be copied in each.
 
     The rows from offsets[i] to offsets[i + 1] of `boxes` float32 [N, 4], `labels` int64 [N] and `ignored` bool [N] are
-    image i's. `kept` and `rows` are the numbers of the given images and boxes that are in use. `notes` are sentences
-    about what is unusual. UserError if an image has no file, or if most boxes cannot be meant as pixels.
+    image i's. `kept` and `rows` are the numbers of the given images and boxes that are in use.
+    UserError if an image has no file, or if most boxes cannot be meant as pixels.
 
     Args:
-        images: list of (file, width, height); None or 0 for a side that is not known.
-        boxes: float [N, 7]: number of the image in `images`; x0, y0, x1, y1, NaN for what is no box; label; ignored.
+        files, sizes: of the images, (width, height) each; None or 0 for a side that is not known.
+        boxes: float [N, 7]: number of the image; x0, y0, x1, y1, NaN for what is no box; label; ignored.
         list_file: what lists the images, for messages.
         keep_empty: keep images without a box that is not ignored.
         limit: first images only; 0 for all.
-        exif: see read_image.
         notes: sentences that stand before the source's own.
         trust: where all sizes are given, the headers of a sample of images are read, of all only if one disagrees.
     """
 
-    def __init__(self, classes, images, boxes, list_file, keep_empty=True, limit=0, exif="auto", notes=(), trust=True):
-        self.classes, self.exif, self.notes = tuple(classes), exif, list(notes)
+    def __init__(
+        self, classes, files, sizes, boxes, list_file, keep_empty=True, limit=0, exif="auto", notes=(), trust=True
+    ):
+        self.classes, self.list_file, self.exif, self.notes = tuple(classes), list_file, exif, list(notes)
+        sizes = self._sizes(files, sizes, trust)
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 7)
         image, corners, ignored = boxes[:, 0].astype(np.int64), boxes[:, 1:5], boxes[:, 6] > 0
-
-        def have_box(rows):
-            return keep_empty | (np.bincount(image[rows & ~ignored], minlength=len(images)) > 0)
-
-        finite = np.isfinite(boxes).all(1)
-        sound = finite & _have_area(corners)
-        used = np.flatnonzero(have_box(sound))[: limit or None]
-        files, sizes = [file for file, *_ in images], np.full((len(images), 2), UNKNOWN)
-        sizes[used] = self._sizes([images[i] for i in used], trust)
-        ends, here = np.tile(sizes, 2)[image], np.isin(image, used)
+        ends, finite = np.tile(sizes, 2)[image], np.isfinite(boxes).all(1)
         tiny = (abs(corners) <= 1).all(1) | (corners[:, 2:] - corners[:, :2] < 1).all(1)
         beyond = ((corners < -1) | (corners > ends + 1)).any(1)
         for rows, what in (
-            (sound & tiny, "smaller than a pixel (fractions of the image's size?)"),
+            (finite & _have_area(corners) & tiny, "smaller than a pixel (fractions of the image's size?)"),
             (finite & beyond, "beyond the image by over a pixel (corners as width and height? images resized later?)"),
         ):
-            doubtful = [files[i] for i in image[rows & here]]
-            if 2 * len(doubtful) > np.count_nonzero(here):
+            doubtful = [files[i] for i in image[rows]]
+            if 2 * len(doubtful) > len(boxes):
                 raise UserError(f"{list_file}: most boxes are {what}, first in {doubtful[0]}")
             self.notes += counted(f"boxes {what}", doubtful)
 
         corners = corners.clip(0, ends)
-        sound &= _have_area(corners)
-        self.kept = used[have_box(sound)[used]]
+        sound = finite & _have_area(corners)
+        dropped = [files[i] for i in np.unique(image[~sound])]
+        self.notes += counted("images with boxes of no area or outside, which are dropped", dropped)
+        boxed = np.bincount(image[sound & ~ignored], minlength=len(files)) > 0
+        self.kept = np.flatnonzero(boxed | keep_empty)[: limit or None]
         rows = np.flatnonzero(sound & np.isin(image, self.kept))
         self.rows = rows = rows[np.argsort(image[rows], kind="stable")]
-        self.offsets = np.searchsorted(image[rows], [*self.kept, len(images)])
+        self.offsets = np.searchsorted(image[rows], [*self.kept, len(files)])
         self.boxes, self.ignored = corners[rows].astype(np.float32), ignored[rows]
         self.labels = boxes[rows, 5].astype(np.int64)
-        self.sizes, self.files = sizes[self.kept], [files[i] for i in self.kept]
+        self.sizes, self.files = sizes[self.kept], np.array([files[i] for i in self.kept], dtype=str)
         self.wide = (self.sizes[:, 0] > self.sizes[:, 1]).tolist()
         for file in self.files:
             if not os.path.isfile(file):
                 raise UserError(f"{file}: no such image, but {list_file} lists it")
-        last = used[-1] if limit and len(used) else len(images)
-        self.dropped = [files[i] for i in np.unique(image[~sound]) if i <= last]
-        boxed = np.unique(self.labels[~self.ignored])
-        self.unused = [name for label, name in enumerate(self.classes, 1) if label not in boxed]
-        self.notes += counted("images with boxes of no area or outside, which are dropped", self.dropped)
-        self.why_no_box = None
-        if self.ignored.all():  # there may be no box at all
-            why = "all are crowds or difficult" if len(boxes) and ignored.all() else "none can be used"
-            self.why_no_box = "; ".join([f"{list_file}: no box to train on: of {len(boxes)} boxes {why}", *self.notes])
-        if self.unused:
-            self.notes.append(f"classes without a box: {listed(self.unused, 10)}")
+        used = np.unique(self.labels[~self.ignored])
+        unused = [name for label, name in enumerate(self.classes, 1) if label not in used]
+        self.notes += [f"classes without a box: {listed(unused, 10)}"] if unused else []
 
-    def _sizes(self, images, trust):
-        """The sizes int64 [N, 2] of (file, width, height) as read_image gives them; notes what the headers say."""
-        files = [file for file, *_ in images]
-        sizes = np.array([size for _, *size in images], dtype=np.float64).reshape(-1, 2)
+    def _sizes(self, files, given, trust):
+        """The sizes int64 [N, 2] of images as read_image gives them; notes what the headers say."""
+        sizes = np.array(given, dtype=np.float64).reshape(-1, 2)
         sizes = np.nan_to_num(sizes, posinf=0).round().clip(0, UNKNOWN).astype(np.int64)
         sizes[(sizes == 0).any(1)] = 0
         sampled = trust and len(files) > SAMPLE and bool(sizes.all())
-        of = f" among {SAMPLE} looked at" * sampled
-        looked = np.linspace(0, len(files) - 1, SAMPLE).astype(int) if sampled else range(len(files))
+        looked = np.linspace(0, len(files) - 1, SAMPLE).astype(int) if sampled else np.arange(len(files))
         look = partial(read_header, exif=self.exif)
         with ThreadPoolExecutor(8) as threads:
-            headers = threads.map(look, [files[i] for i in looked], [tuple(sizes[i].tolist()) for i in looked])
+            headers = threads.map(look, [files[i] for i in looked], sizes[looked].tolist())
             headers = {i: header for i, header in zip(looked, headers, strict=True) if header}
         others = [files[i] for i, (size, *_) in headers.items() if sizes[i].all() and (sizes[i] != size).any()]
         if others and sampled:
-            return self._sizes(images, trust=False)
+            return self._sizes(files, given, trust=False)
         for i, (size, *_) in headers.items():
             sizes[i] = size
         self.notes += counted("images of another size than their annotations say; the images count", others)
         rotated = [files[i] for i, (_, orientation, *_) in headers.items() if orientation > 1]
         upright = sum(used > 1 for _, _, used, _ in headers.values())
         way = f"{upright} are turned upright, {len(rotated) - upright} stay as stored (--exif)"
+        of = f" among {SAMPLE} looked at" * sampled
         self.notes += counted(f"images that EXIF rotates{of}, {way}", rotated)
         deep = [files[i] for i, (*_, mode) in headers.items() if mode[0] == "I"]
-        if _are_dark(deep):
+        sample = deep[:: len(deep) // DEEP_SAMPLE + 1]
+        if sample and median(int(read_image(file).max()) for file in sample) < DARK:
             self.notes += counted("16-bit images are nearly black, their values end far below 65535", deep)
         sizes[sizes == 0] = UNKNOWN
         return sizes
@@ -132,7 +132,7 @@ class Source:
 
     def name(self, epoch, index):
         """The path of an image's file."""
-        return self.files[index]
+        return str(self.files[index])
 
     def boxes_of(self, index):
         """The boxes, labels and ignored flags of an image, numpy arrays."""
@@ -153,12 +153,3 @@ class Source:
 
 def _have_area(boxes):
     return (boxes[:, 2:] - boxes[:, :2] >= MIN_SIDE).all(1)
-
-
-def _are_dark(files):
-    """Whether most of a few of some image files are nearly black."""
-    brightest = []
-    for file in files[:: len(files) // DEEP_SAMPLE + 1]:
-        with contextlib.suppress(UserError):  # it is said when the image is loaded
-            brightest.append(int(read_image(file).max()))
-    return bool(brightest) and median(brightest) < DARK

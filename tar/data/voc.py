@@ -1,25 +1,23 @@
 """Folders in PASCAL VOC's layout: JPEGImages, Annotations (XML) and ImageSets/Main (lists of image names)."""
 
-import codecs
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from torchvision.datasets import VOCDetection
 
 from tar import UserError, one_line
-from tar.data.image_files import files_in, suffixes
-from tar.data.source import Source, counted, listed
+from tar.data.file_names import Files, stem_parts
+from tar.data.image_files import suffixes
+from tar.data.source import Source, counted, is_true, listed, number
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 SPLITS = {"test": ("trainval", "test"), "val": ("train", "val")}  # the lists to train and to test on
-YES = ("1", "true", "yes", "y", "t")  # what tools write for difficult
 
 
 def voc_source(images, classes, list_file, limit=0, exif="auto"):
@@ -27,12 +25,12 @@ def voc_source(images, classes, list_file, limit=0, exif="auto"):
 
     VOC counts pixels from 1, both ends included; the Source's corners are continuous: (xmin - 1, ymin - 1, xmax, ymax).
     """
-    images, label, rows = images[: limit or None], {name: i for i, name in enumerate(classes, 1)}, []
-    for number, (_, annotation, _, objects) in enumerate(images):
+    images, labels, rows = images[: limit or None], {name: i for i, name in enumerate(classes, 1)}, []
+    for i, (_, annotation, _, objects) in enumerate(images):
         for name, corners, difficult in objects:
-            if name not in label:
+            if name not in labels:
                 raise UserError(f"{annotation}: class {name!r} is none of {listed(classes, 10)}")
-            rows.append((number, *corners, label[name], difficult))
+            rows.append((i, *corners, labels[name], difficult))
     boxes = np.array(rows, dtype=np.float64).reshape(-1, 7)
     low, high = boxes[:, 1:3].copy(), boxes[:, 3:5].copy()
     boxes[:, 1:3], boxes[:, 3:5] = np.minimum(low, high) - 1, np.maximum(low, high)
@@ -42,8 +40,8 @@ def voc_source(images, classes, list_file, limit=0, exif="auto"):
         *counted("XML files without an object", [xml for _, xml, _, objects in images if xml and not objects]),
         *counted("boxes whose corners are exchanged, which is mended", exchanged),
     ]
-    files = [(file, *size) for file, _, size, _ in images]
-    return Source(classes, files, boxes, list_file, limit=limit, exif=exif, notes=notes, trust=False)
+    files, _, sizes, _ = zip(*images, strict=True)
+    return Source(classes, files, sizes, boxes, list_file, exif=exif, notes=notes, trust=False)
 
 
 def voc_classes(images):
@@ -53,10 +51,9 @@ def voc_classes(images):
 
 
 def read_voc(data_path, years, split):
-    """The images of a split, "train", "val", "trainval" or "test", and the file that lists them, the first of several.
+    """The images of a split, (file, XML file or None, size, objects) each, and the first file that lists them.
 
-    An image is (file, XML file or None, *read_annotation's size and objects). All years must have a list to train on,
-    and one of them a list to test on. UserError if an entry of a list names no image, or several.
+    All years must have a list to train on, and one of them a list to test on.
     """
     folders = voc_folders(data_path, years)
     if split in ("test", "val"):
@@ -66,49 +63,17 @@ def read_voc(data_path, years, split):
 
 
 def _listed_images(folder, list_file):
-    images, annotations = _by_stem(folder / "JPEGImages", suffixes()), _by_stem(folder / "Annotations", {".xml"})
+    """The images of a list of names, with or without suffix and folders, perhaps with VOC's flag after them."""
+    images = Files(folder / "JPEGImages", stem_parts, suffixes())
+    annotations = Files(folder / "Annotations", stem_parts, (".xml",))
     for entry in read_list(list_file):
-        annotation = _the_file(entry, annotations, list_file)
-        size, name, objects = read_annotation(annotation) if annotation else ((None, None), "", [])
-        file = _the_file(entry, images, list_file, name)
+        name = entry if images.find(entry, list_file) else re.sub(r"\s+-?[01]$", "", entry)
+        annotation = annotations.find(name, list_file)
+        size, other, objects = read_annotation(annotation) if annotation else ((None, None), name, [])
+        file = images.find(name, list_file) or images.find(other, list_file)
         if not file:
-            raise UserError(f"{folder / 'JPEGImages'}: no image {entry!r}, but {list_file} lists it")
+            raise UserError(f"{images.folder}: no image {entry!r}, but {list_file} lists it")
         yield file, annotation, size, objects
-
-
-def _by_stem(folder, kinds):
-    """{name without suffix: [(file, its path in the folder)]} of a folder's files whose suffixes are among kinds."""
-    found = defaultdict(list)
-    for file in files_in(folder) if os.path.isdir(folder) else ():
-        stem, suffix = os.path.splitext(os.path.basename(file))
-        if suffix.lower() in kinds:
-            found[stem].append((file, file[len(f"{folder}/") :]))
-    return found
-
-
-def _the_file(entry, by_stem, list_file, name=""):
-    """The one file that an entry of a list means, or else the image's name in its XML file; None if there is none.
-
-    An entry is a name, with or without suffix and folders, perhaps with VOC's flag (1, 0 or -1) after it.
-    """
-    for words in dict.fromkeys((entry, re.sub(r"\s+-?[01]$", "", entry), *entry.split()[:1], name)):
-        path = words.replace("\\", "/").removeprefix("./")
-        bare = os.path.splitext(path)[0] if path.lower().endswith(tuple(suffixes())) else path
-        fits = {}  # how well: [files]
-        for file, inside in (f for stem in {os.path.basename(path), os.path.basename(bare)} for f in by_stem[stem]):
-            stem = os.path.splitext(inside)[0]
-            if not (
-                f"/{bare}".endswith(f"/{stem}") or f"/{stem}".endswith(f"/{bare}") or f"/{stem}".endswith(f"/{path}")
-            ):
-                continue  # of another folder
-            fit = (f"/{file}".endswith(f"/{path}"), stem == bare, inside == name)
-            fits.setdefault(fit, []).append(file)
-        best = fits[max(fits)] if fits else []
-        if len(best) > 1:
-            raise UserError(f"{list_file}: {entry!r} may be {best[0]} or {best[1]}; list its folder and suffix")
-        if best:
-            return best[0]
-    return None
 
 
 def list_of(folder, split):
@@ -117,29 +82,21 @@ def list_of(folder, split):
 
 
 def read_list(file):
-    """The entries of a list of image names, one a line. UserError, which names the file, if there is none."""
+    """The entries of a list of image names, one a line. UserError if there is none."""
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
-        raise UserError(f"{file}: no such list of image names; {_lists_instead(file)}") from None
+        there = sorted((path.name for path in file.parent.glob("*.txt")), key=len)
+        remedy = "write it, one image name a line"
+        if {"train.txt", "val.txt"} <= {*there}:
+            remedy += ", or give --split val, which trains on train.txt and tests on val.txt"
+        lists = f"{file.parent} holds {listed(there, 10) or 'no list'}"
+        raise UserError(f"{file}: no such list of image names; {lists}: {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read as a list of image names ({one_line(error)})") from None
     if not names:
         raise UserError(f"{file}: lists no image")
     return names
-
-
-def _lists_instead(file):
-    """Which lists lie where one is missing, and what makes them work."""
-    folder = file.parent
-    there = (
-        [os.path.basename(path) for path in files_in(folder) if path.endswith(".txt")] if os.path.isdir(folder) else []
-    )
-    remedy = "write it, one image name a line; trainval.txt and test.txt are needed"
-    for split, (train, test) in SPLITS.items():
-        if {f"{train}.txt", f"{test}.txt"} <= {*there}:
-            remedy = f"give --split {split}, which trains on {train}.txt and tests on {test}.txt"
-    return f"{folder} holds {listed(sorted(there, key=len), 10) or 'no list'}: {remedy}"
 
 
 def read_annotation(file):
@@ -149,53 +106,36 @@ def read_annotation(file):
     """
     try:
         root, objects = _parse(Path(file).read_bytes()), []
-        for number, element in enumerate(root.findall("object"), 1):
-            name, box = (element.findtext("name") or "").strip(), element.find("bndbox")
-            if not name or box is None:
-                tags = listed([child.tag for child in element], 10)
-                raise ValueError(f"object {number}, {name!r}, must have a name and a bndbox; it has {tags}")
-            texts = [box.findtext(end) for end in ("xmin", "ymin", "xmax", "ymax")]
-            corners = [_number(text) for text in texts]
-            if None in corners:
-                raise ValueError(f"object {number}, {name!r}, has a bndbox of {texts}")
-            objects.append((name, corners, (element.findtext("difficult") or "").strip().lower() in YES))
-        size = [_number(root.findtext(f"size/{side}")) for side in ("width", "height")]
+        for i, element in enumerate(root.findall("object"), 1):
+            name = element.findtext("name", "").strip()
+            corners = [number(element.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")]
+            if not name or None in corners:
+                given = ElementTree.tostring(element, "unicode")
+                raise ValueError(f"object {i}, {name!r}, must have a name and four numbers in its bndbox: {given}")
+            objects.append((name, corners, is_true(element.findtext("difficult"))))
     except (LookupError, OSError, ElementTree.ParseError, ValueError) as error:
         raise UserError(f"{file}: not a VOC annotation ({one_line(error)})") from None
-    return size, (root.findtext("filename") or "").strip(), objects
+    size = [number(root.findtext(f"size/{side}")) for side in ("width", "height")]
+    return size, root.findtext("filename", "").strip(), objects
 
 
 def _parse(data):
     """The root of an XML file's bytes, in any encoding that Python knows."""
     declared = re.match(rb"""\s*<\?xml[^>]*encoding\s*=\s*["']([\w.:-]+)""", data)
-    encoding = "utf-8-sig" if data.startswith(codecs.BOM_UTF8) else declared and declared[1].decode("ascii")
-    return ElementTree.fromstring(data.decode(encoding) if encoding else data)
-
-
-def _number(text):
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return None
+    return ElementTree.fromstring(data.decode(declared[1].decode()) if declared else data)
 
 
 def voc_folders(data_path, years):
     """The folders of the given years under data_path, or data_path itself where it holds JPEGImages."""
-    root, folders = Path(data_path), []
-    try:
-        os.listdir(root)
-    except OSError as error:
-        raise UserError(f"{root}: {error.strerror}; give --data-path DIR, or --download to fetch VOC") from None
-    if os.path.isdir(root / "JPEGImages"):
-        return [root]
+    folders = []
     for year in years:
-        places = (root / f"VOCdevkit/VOC{year}", root / f"VOC{year}")
+        places = [Path(data_path, place) for place in (".", f"VOCdevkit/VOC{year}", f"VOC{year}")]
         found = [place for place in places if os.path.isdir(place / "JPEGImages")]
         if not found:
-            wanted = f"neither JPEGImages nor VOCdevkit/VOC{year}/JPEGImages"
-            raise UserError(f"{root}: holds {wanted}; give --data-path DIR, or --download to fetch VOC")
-        folders.append(found[0])
-    return folders
+            wanted = f"JPEGImages or VOCdevkit/VOC{year}/JPEGImages"
+            raise UserError(f"{data_path}: cannot find {wanted} here; give --data-path DIR, or --download to fetch VOC")
+        folders += found[:1]
+    return list(dict.fromkeys(folders))
 
 
 def download_voc(data_path, years):

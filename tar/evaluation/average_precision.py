@@ -9,22 +9,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision.ops import box_iou
 
+FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")  # the first of COCOeval.stats
+
 
 def voc_ap(recall, precision, use_07_metric):
     """Average precision of a recall-precision curve by PASCAL VOC's rules, 0 to 1.
 
-    Args:
-        recall, precision: float [N], in the order of falling scores, so that recall does not fall. N may be 0.
-        use_07_metric: True for the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC 2007); False for the
-            area under the curve made monotone (VOC 2010 on).
+    recall, precision: float [N], in the order of falling scores, so that recall does not fall; N may be 0.
+    use_07_metric: True for the mean of the best precision at recall >= 0, 0.1, ..., 1 (VOC 2007); False for the area
+    under the curve made monotone (VOC 2010 on).
     """
     recall, precision = np.asarray(recall, dtype=float), np.asarray(precision, dtype=float)
     if use_07_metric:
         return float(np.mean([precision[recall >= k / 10].max(initial=0.0) for k in range(11)]))
-    recall = np.concatenate([[0.0], recall, [1.0]])
-    precision = np.concatenate([[0.0], precision, [0.0]])
     best = np.maximum.accumulate(precision[::-1])[::-1]  # at this recall or beyond
-    return float(np.sum(np.diff(recall) * best[1:]))
+    return float(np.sum(np.diff(recall, prepend=0.0) * best))
 
 
 def voc_curve(results, label):
@@ -32,22 +31,18 @@ def voc_curve(results, label):
 
     Detections are taken by falling score. One is right if the box of its class with the largest IoU has an IoU of at
     least 0.5 and no detection yet. A difficult box is neither found nor missed, and a detection of it is not wrong.
-
-    Args:
-        results: list of dicts, see detect().
-
-    Returns:
-        recall, precision: float [detections that count]; None if the class has no box that counts.
+    results: of detect(). Returns float [detections that count] twice; None if the class has no box that counts.
     """
     scores, right, total = [], [], 0
     for r in results:
         truth, found = r["gt_labels"] == label, r["labels"] == label
-        gt_boxes, difficult, taken = r["gt_boxes"][truth], r["gt_ignored"][truth], set()
+        difficult, taken = r["gt_ignored"][truth], set()
         total += int((~difficult).sum())
-        iou = box_iou(torch.from_numpy(r["boxes"][found]), torch.from_numpy(gt_boxes)).numpy()
+        iou = box_iou(*(torch.from_numpy(boxes) for boxes in (r["boxes"][found], r["gt_boxes"][truth]))).numpy()
+        iou = np.pad(iou, ((0, 0), (0, 1)))  # one more box, which nothing overlaps: there may be none
         for i in np.argsort(-r["scores"][found], kind="stable"):
-            best = int(iou[i].argmax()) if len(gt_boxes) else -1
-            hit = best >= 0 and iou[i, best] >= 0.5
+            best = int(iou[i].argmax())
+            hit = iou[i, best] >= 0.5
             if hit and difficult[best]:
                 continue
             scores.append(r["scores"][found][i])
@@ -62,15 +57,14 @@ def voc_curve(results, label):
 
 
 def voc_metrics(results, classes):
-    """VOC's AP at IoU 0.5 by both rules, in percent; None without boxes that count.
+    """VOC's AP at IoU 0.5 by both rules, in percent; None without boxes that count. results: of detect().
 
-    Returns:
-        {"voc07", "voc_area": mean of the classes with boxes, "per_class": {name: {"voc07", "voc_area"}}}.
+    {"voc07", "voc_area": mean of the classes with boxes, "per_class": {name: {"voc07", "voc_area"}}}.
     """
     rules, per_class, means = {"voc07": True, "voc_area": False}, {}, {}
     for label, name in enumerate(classes, 1):
         curve = voc_curve(results, label)
-        per_class[name] = {key: None if curve is None else 100 * voc_ap(*curve, rule) for key, rule in rules.items()}
+        per_class[name] = {key: curve and 100 * voc_ap(*curve, rule) for key, rule in rules.items()}
     for key in rules:
         values = [row[key] for row in per_class.values() if row[key] is not None]
         means[key] = float(np.mean(values)) if values else None
@@ -80,21 +74,22 @@ def voc_metrics(results, classes):
 def coco_metrics(results, classes, source=None):
     """COCO's AP by pycocotools, in percent; None without boxes. Ignored boxes are crowds: no reward, no penalty.
 
-    Args:
-        results: list of dicts, see detect().
-        classes: names, label 1 first.
-        source: a Coco; the ground truth is then its file's annotations, with its ids of images.
-
-    Returns:
-        {"AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "per_class": {name: {"AP", "AP50"}}}.
+    results: of detect(). classes: names, label 1 first. source: a Coco, if the ground truth is its file's annotations.
+    Returns {each of FIGURES, "per_class": {name: {"AP", "AP50"}}}.
     """
+    truth, found, images = source.annotations() if source else [], [], []
+    for r in results:
+        image = source.image_ids[r["image_id"]] if source else r["image_id"]
+        images.append(image)
+        found += coco_annotations(image, r["boxes"], r["labels"], "score", r["scores"])
+        if not source:
+            truth += coco_annotations(image, r["gt_boxes"], r["gt_labels"], "iscrowd", r["gt_ignored"])
     with contextlib.redirect_stdout(io.StringIO()):
-        run = COCOeval(*_coco_tables(results, classes, source), iouType="bbox")
+        run = COCOeval(*(_as_coco(images, each, len(classes)) for each in (truth, found)), iouType="bbox")
         run.evaluate()
         run.accumulate()
         run.summarize()
-    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-    metrics = {name: _percent(run.stats[i]) for i, name in enumerate(names)}
+    metrics = dict(zip(FIGURES, map(_percent, run.stats), strict=False))
     precision = run.eval["precision"][:, :, :, 0, -1]  # [IoU thresholds, recalls, classes], all areas, 100 detections
     per_class = {}
     for k, name in enumerate(classes):
@@ -102,32 +97,21 @@ def coco_metrics(results, classes, source=None):
     return {**metrics, "per_class": per_class}
 
 
-def _coco_tables(results, classes, source):
-    """Ground truth and detections as two COCO objects of pycocotools; arguments as in coco_metrics."""
-    ids = [{"id": label} for label in range(1, len(classes) + 1)]
-    truth, found, images, tables = [] if source is None else source.annotations(), [], [], []
-    for r in results:
-        image = r["image_id"] if source is None else source.image_ids[r["image_id"]]
-        images.append({"id": image})
-        found += _annotations(image, r["boxes"], r["labels"], score=r["scores"])
-        if source is None:
-            truth += _annotations(image, r["gt_boxes"], r["gt_labels"], iscrowd=r["gt_ignored"])
-    for annotations in (truth, found):
-        coco = COCO()
-        annotations = [{**a, "id": number} for number, a in enumerate(annotations, 1)]
-        coco.dataset = {"images": images, "annotations": annotations, "categories": ids}
-        coco.createIndex()
-        tables.append(coco)
-    return tables
-
-
-def _annotations(image, boxes, labels, **more):
-    """Boxes xyxy in COCO's form, a label as category id. more: a column of another name."""
-    [(name, values)], rows = more.items(), []
+def coco_annotations(image, boxes, labels, name, values):
+    """Boxes xyxy [N, 4] and labels [N] of an image, by its id, in COCO's format; name, values [N]: one more column."""
     for (x0, y0, x1, y1), label, value in zip(boxes.tolist(), labels.tolist(), values.tolist(), strict=True):
         size = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
-        rows.append({"image_id": image, "category_id": label, **size, name: value})
-    return rows
+        yield {"image_id": image, "category_id": label, **size, name: value}
+
+
+def _as_coco(images, annotations, classes):
+    """A COCO object of pycocotools; images: their ids. Annotations get new ids: 0 and equal ones go wrong there."""
+    coco = COCO()
+    coco.dataset["images"] = [{"id": image} for image in images]
+    coco.dataset["annotations"] = [{**annotation, "id": number} for number, annotation in enumerate(annotations, 1)]
+    coco.dataset["categories"] = [{"id": label} for label in range(1, classes + 1)]
+    coco.createIndex()
+    return coco
 
 
 def _percent(value):

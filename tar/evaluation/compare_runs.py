@@ -6,28 +6,28 @@ from types import SimpleNamespace
 import torch
 
 from tar import UserError
+from tar.data.source import listed
+from tar.evaluation import average_precision
 from tar.evaluation.cost import flops, latency
-from tar.evaluation.markdown import markdown
+from tar.evaluation.markdown import markdown, rows_table
 from tar.training import checkpoint
 from tar.training.run_folder import read_json, read_log
 
-FIGURES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "voc07", "voc_area")
+FIGURES = (*average_precision.FIGURES, "voc07", "voc_area")
 
 
-def open_runs(paths):
-    """The ended runs of some folders, or of files in them: name, folder, settings, result, log, weights (a file).
+def open_runs(folders):
+    """The ended runs of some folders: name, folder, settings, result, log, weights (a file).
 
-    Runs of one name get the parent folder's name before it. UserError for a folder without an ended run.
+    Runs of one name get the parent folder's name before it. UserError for a folder without an ended run, one that is
+    named twice, or runs that were not measured on the same images and classes.
     """
     runs = []
-    for path in map(Path, paths):
-        folder = path.parent if path.is_file() else path
+    for folder in map(Path, folders):
         if any(folder.resolve() == run.folder.resolve() for run in runs):
-            raise UserError(f"{path}: named twice")
-        for name in ("config.json", "result.json", "log.jsonl", "last.pth"):
-            if not (folder / name).is_file():
-                why = "the run has not ended" if (folder / "config.json").is_file() else "this is no folder of a run"
-                raise UserError(f"{folder}: has no {name}: {why}")
+            raise UserError(f"{folder}: named twice")
+        if not (folder / "result.json").is_file():
+            raise UserError(f"{folder}: has no result.json: no folder of a run, or the run has not ended")
         run = SimpleNamespace(name=folder.name, folder=folder, weights=folder / "last.pth")
         run.settings, run.result = read_json(folder / "config.json"), read_json(folder / "result.json")
         run.log = read_log(folder / "log.jsonl")
@@ -36,18 +36,12 @@ def open_runs(paths):
     for run in runs:
         if names.count(run.name) > 1:
             run.name = f"{run.folder.resolve().parent.name}/{run.name}"
+    keys = ("dataset", "split", "test_images")
+    tests = [[*(run.result[key] for key in keys), *run.result["per_class"]] for run in runs]
+    if any(test != tests[0] for test in tests):
+        shown = "; ".join(f"{run.name}: {listed(test, 8)}" for run, test in zip(runs, tests, strict=True))
+        raise UserError(f"these runs cannot be compared, their test images or classes are not the same: {shown}")
     return runs
-
-
-def same_test(runs):
-    """Raises UserError unless all runs were measured on the same images and classes."""
-    for key in ("dataset", "split", "test_images"):
-        values = {run.name: run.result[key] for run in runs}
-        if len(set(values.values())) > 1:
-            shown = ", ".join(f"{name} {value}" for name, value in values.items())
-            raise UserError(f"these runs cannot be compared, their {key.replace('_', ' ')} is not the same: {shown}")
-    if len({tuple(run.result["per_class"]) for run in runs}) > 1:
-        raise UserError("these runs cannot be compared, for their classes differ")
 
 
 @torch.inference_mode()
@@ -56,12 +50,11 @@ def figures(runs, test_set, process):
     image, columns = test_set.load(0, 0)[0].float() / 255, {}
     for run in runs:
         model, saved = checkpoint.load_detector(run.weights)
-        columns[run.name] = {
-            **{name: run.result[name] for name in FIGURES if name in run.result},
-            **{"backbone": saved["build"]["backbone"], "epochs": run.result["epochs"]},
-            **{"parameters (M)": run.result["parameters"] / 1e6, "GFLOP an image": flops(model, [image]) / 1e9},
-            "ms an image": latency(process.place(model), test_set, process.device, process.autocast()),
-        }
+        column = {name: run.result[name] for name in FIGURES if name in run.result}
+        column |= {"backbone": saved["build"]["backbone"], "epochs": run.result["epochs"]}
+        column |= {"parameters (M)": run.result["parameters"] / 1e6, "GFLOP an image": flops(model, [image]) / 1e9}
+        column["ms an image"] = latency(process.place(model), test_set, process.device, process.autocast())
+        columns[run.name] = column
     return columns
 
 
@@ -73,10 +66,11 @@ def figures_text(columns):
 
 def class_text(runs):
     """A table of the AP of each class, a column a run; of two runs also the difference."""
-    header, rows = ["class (AP)", *(run.name for run in runs)], []
+    rows = []
     for name in runs[0].result["per_class"]:
-        row = [run.result["per_class"][name]["AP"] for run in runs]
+        row = {run.name: run.result["per_class"][name]["AP"] for run in runs}
         if len(runs) == 2:
-            row.append(None if None in row else f"{row[1] - row[0]:+.1f}")
-        rows.append([name, *row])
-    return markdown(header + ["difference"] * (len(runs) == 2), rows)
+            first, second = row.values()
+            row["difference"] = None if None in (first, second) else f"{second - first:+.1f}"
+        rows.append({"class (AP)": name, **row})
+    return rows_table(rows)

@@ -11,9 +11,8 @@ from tar.evaluation.average_precision import coco_metrics, voc_metrics
 def detect(model, source, device, batch_size=1, workers=0, rank=0, world=1, progress=iter):
     """Runs a detector over those images of a test source that fall to one process of several.
 
-    Returns:
-        a list with a dict for each image: image_id; ground truth gt_boxes [N, 4], gt_labels [N], gt_ignored bool [N];
-        detections boxes [D, 4], labels [D], scores [D]. Numpy arrays; boxes are xyxy in pixels of the image.
+    Returns a list with a dict for each image: image_id; ground truth gt_boxes [N, 4], gt_labels [N], gt_ignored
+    bool [N]; detections boxes [D, 4], labels [D], scores [D]. Numpy arrays; boxes are xyxy in pixels of the image.
     """
     was_training, results = model.training, []
     model.eval()

@@ -1,4 +1,4 @@
-"""Tables in Markdown: of any cells, of the figures of runs, of figures by class; a mean with its deviation."""
+"""Tables in Markdown: of any cells, of the figures of runs; a mean with its deviation."""
 
 from statistics import mean, stdev
 
@@ -8,11 +8,6 @@ def figures_table(results):
     figures = [f for f in ("AP", "AP50", "AP75", "voc07", "voc_area") if any(f in r for r in results.values())]
     rows = [[title, *(r[f] for f in figures), r["epochs"], r["seconds"] / 60] for title, r in results.items()]
     return markdown(["run", *figures, "epochs", "training minutes"], rows)
-
-
-def class_table(per_class):
-    """A table of figures by class: {class: {figure: percent or None}} -> Markdown."""
-    return rows_table([{"class": name, **figures} for name, figures in per_class.items()])
 
 
 def rows_table(rows):

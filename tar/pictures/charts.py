@@ -2,62 +2,58 @@
 
 import html
 import math
+from itertools import chain
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 240, 52, 10, 24  # pixels of the lines' area, and of its margins
-MOST = 120  # points of a line
 COLOURS = ("#3b62b5", "#d4761c", "#2b8a4b", "#b0306a", "#6d4fb8", "#0f8aa0", "#8a6d1d", "#777777")
-LOSSES = ("loss", "classification", "bbox_regression")  # how their names begin, in the log
-CHARTS = {"losses": LOSSES, "learning rate": "lr"}
-DISTILLATION_CHARTS = {
+CHARTS = {  # of a run: title, and how the names of its lines begin in the log
+    "losses": ("loss", "classification", "bbox_regression"),
+    "learning rate": "lr",
     "distillation losses, before their weights": "distill_",
-    "decay of the distillation, positives whose gate is open": ("decay", "gate_open"),
+    "positives whose gate is open": "gate_open",
 }
 
 
 def training_charts(runs):
-    """Charts of the logs of some runs, as HTML: the AP of all; of each run losses, learning rate, decay and gate."""
-    curves = {
-        run.name: [(line["epoch"], line["metrics"]["AP"]) for line in run.log if "metrics" in line] for run in runs
-    }
-    charts = [chart("AP, percent, over epochs", curves)]
+    """Charts of the logs of some runs, as HTML: the AP of all, then CHARTS of each run."""
+    curves, charts = {}, []
     for run in runs:
-        logged = {}
-        for line in run.log:
-            for name, value in line.items():
-                logged.setdefault(name, []).append((line["step"], value))
-        wanted = CHARTS | (DISTILLATION_CHARTS if run.settings.get("teacher") else {})
-        for title, start in wanted.items():
-            lines = {name: line for name, line in logged.items() if name.startswith(start)}
+        curves[run.name] = [(line["epoch"], line["metrics"]["AP"]) for line in run.log if "metrics" in line]
+        names = dict.fromkeys(chain(*run.log))  # in order
+        for title, start in CHARTS.items():
+            wanted = [name for name in names if name.startswith(start)]
+            lines = {name: [(line["step"], line[name]) for line in run.log if name in line] for name in wanted}
             charts.append(chart(f"{run.name}: {title}, over steps", lines))
-    return "".join(charts)
+    return chart("AP, percent, over epochs", curves) + "".join(charts)
 
 
 def chart(title, lines):
     """A chart with its title and key as HTML; "" where there is nothing to draw.
 
-    Args:
-        lines: {name: list of (x, y)}; points without a finite y are left out, and some of a long line.
+    lines: {name: list of (x, y)}; points without a finite y are left out.
     """
     lines = {name: [(x, y) for x, y in line if y is not None and math.isfinite(y)] for name, line in lines.items()}
-    lines = {name: line[:: -(len(line) // MOST + 1)] for name, line in lines.items() if line}  # from the last one on
+    lines = {name: line for name, line in lines.items() if line}
     if not lines:
         return ""
-    xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
+    xs, ys = zip(*chain(*lines.values()), strict=True)
     low_x, low_y = min(xs), min(0.0, *ys)
     across, up = WIDTH / ((max(xs) - low_x) or 1), HEIGHT / ((max(ys) - low_y) or 1)
+
+    def place(x, y):
+        return LEFT + (x - low_x) * across, TOP + HEIGHT - (y - low_y) * up
+
     marks, key = "", ""
-    for y in ticks(low_y, max(ys)):
-        down = TOP + HEIGHT - (y - low_y) * up
-        marks += f'<path d="M{LEFT} {down:.1f}h{WIDTH}" stroke="#ddd"/>'
-        marks += f'<text x="{LEFT - 6}" y="{down + 4:.1f}" text-anchor="end">{y:g}</text>'
-    for x in ticks(low_x, max(xs)):
-        marks += (
-            f'<text x="{LEFT + (x - low_x) * across:.1f}" y="{TOP + HEIGHT + 18}" text-anchor="middle">{x:g}</text>'
-        )
+    for value in ticks(low_y, max(ys)):
+        x, y = place(low_x, value)
+        marks += f'<path d="M{x} {y:.1f}h{WIDTH}" stroke="#ddd"/>'
+        marks += f'<text x="{x - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
+    for value in ticks(low_x, max(xs)):
+        x, y = place(value, low_y)
+        marks += f'<text x="{x:.1f}" y="{y + 18}" text-anchor="middle">{value:g}</text>'
     for i, (name, line) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
-        points = [f"{LEFT + (x - low_x) * across:.1f},{TOP + HEIGHT - (y - low_y) * up:.1f}" for x, y in line]
-        points = " ".join(points[:1] + points)  # a single point twice is a round dot
+        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in [line[0], *line])  # one point: a dot
         marks += f'<polyline points="{points}" stroke="{colour}" stroke-width="3" stroke-linecap="round" fill="none"/>'
         key += f'<span style="color:{colour}">&#9632; {html.escape(name)}</span> '
     svg = f'<svg viewBox="0 0 {LEFT + WIDTH + 24} {TOP + HEIGHT + BOTTOM}" fill="#333">{marks}</svg>'

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import torch
-from torchvision.ops import box_convert
 
 from tar import UserError
 from tar.data.image_files import files_in, read_image, suffixes
 from tar.data.loader import to_device
 from tar.data.source import counted
+from tar.evaluation.average_precision import coco_annotations
 from tar.pictures.tiles import WIDE, with_objects
 from tar.training import checkpoint
 
@@ -41,17 +41,15 @@ def predict(model, classes, paths, process, threshold, folder):
             continue
         with process.autocast():
             boxes, labels, scores = detect_one(model, image, threshold, process.device)
-        side = min(max(max(image.shape[1:]), WIDE), 1600)
+        side = min(max(*image.shape[1:], WIDE), 1600)
         picture = with_objects(image, boxes, labels, classes, scores, side)
-        picture.save(folder / f"{picture_name(file, f'{number:0{len(str(len(files)))}d}-')}.png")
+        picture.save(folder / f"{number:06d}-{Path(file).stem}.png")
         images.append({"id": number, "file_name": file, "width": image.shape[2], "height": image.shape[1]})
-        boxes = box_convert(boxes, "xyxy", "xywh").tolist()
-        for box, label, score in zip(boxes, labels.tolist(), scores.tolist(), strict=True):
-            about = {"id": len(annotations) + 1, "image_id": number, "category_id": label, "score": score}
-            annotations.append({**about, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+        annotations += coco_annotations(number, boxes, labels, "score", scores)
     if not images:
         raise UserError(f"{files[0]}: none of {len(files)} files can be read as an image")
     categories = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
+    annotations = [{"id": number, **annotation} for number, annotation in enumerate(annotations, 1)]
     coco = {"images": images, "annotations": annotations, "categories": categories}
     checkpoint.save_json(folder / "detections.json", coco)
     return len(images), len(annotations)
@@ -60,11 +58,9 @@ def predict(model, classes, paths, process, threshold, folder):
 def image_files(paths):
     """The image files that paths name, where a folder stands for all images in it; and what else is in the folders."""
     files, others, kinds = [], [], tuple(suffixes())
-    for path in map(os.path.expanduser, map(str, paths)):
-        try:
-            os.stat(path)
-        except OSError as error:
-            raise UserError(f"{path}: no such image ({error.strerror})") from None
+    for path in paths:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such image")
         inside = sorted(files_in(path)) if os.path.isdir(path) else [path]
         images = [file for file in inside if file == path or file.lower().endswith(kinds)]
         if not images:
@@ -72,11 +68,6 @@ def image_files(paths):
         others += sorted({*inside} - {*images})
         files += images
     return files, others
-
-
-def picture_name(file, prefix=""):
-    """The name of an image file's picture, without suffix; not longer than a name may be."""
-    return os.fsdecode(os.fsencode(prefix + Path(file).stem)[:240])
 
 
 def make_folder(folder):

@@ -20,29 +20,26 @@ def export(model, file):
 
     In TorchScript `model([image])` gives (losses, [{boxes, labels, scores}]); import torchvision before torch.jit.load.
     ONNX has the input `image` and the outputs `boxes`, `labels`, `scores`.
-    UserError: another suffix, a folder that is not there, or no onnx package.
+    UserError: another suffix, no onnx package, or a file that cannot be written.
     """
-    file = Path(file)
-    if file.suffix not in (".pt", ".onnx"):
+    suffix = Path(file).suffix
+    if suffix not in (".pt", ".onnx"):
         raise UserError(f"--export {file}: give a file that ends with .pt or .onnx")
-    if not file.resolve().parent.is_dir():
-        raise UserError(f"--export {file}: there is no such folder")
-    if file.suffix == ".onnx" and not importlib.util.find_spec("onnx"):
+    if suffix == ".onnx" and not importlib.util.find_spec("onnx"):
         raise UserError(f"--export {file}: needs a package more: pip install onnx")
     model = copy.deepcopy(model).cpu().float().eval()
     for module in model.modules():
         ours, parent = type(module).__module__.startswith("tar."), type(module).__mro__[1]
         if ours and parent is not torch.nn.Module:
             module.__class__ = parent
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # both are deprecated; the tracer warns of fixed shapes
-        if file.suffix == ".pt":
-            try:
+    names = ["boxes", "scores", "labels"] if isinstance(model, RetinaNet) else ["boxes", "labels", "scores"]
+    axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}
+    options = {"input_names": ["image"], "output_names": names, "dynamic_axes": axes, "opset_version": 17}
+    with warnings.catch_warnings(action="ignore"):  # both are deprecated; the tracer warns of fixed shapes
+        try:
+            if suffix == ".pt":
                 torch.jit.script(model).save(str(file))
-            except RuntimeError as error:
-                raise UserError(f"--export {file}: cannot be written ({one_line(error)})") from error
-            return
-        names = ["boxes", "scores", "labels"] if isinstance(model, RetinaNet) else ["boxes", "labels", "scores"]
-        axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}
-        names = {"input_names": ["image"], "output_names": names, "dynamic_axes": axes}
-        torch.onnx.export(model, ([torch.rand(3, 96, 128)],), str(file), dynamo=False, opset_version=17, **names)
+            else:
+                torch.onnx.export(model, ([torch.rand(3, 96, 128)],), str(file), dynamo=False, **options)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--export {file}: cannot be written ({one_line(error)})") from error

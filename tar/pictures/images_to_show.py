@@ -2,12 +2,12 @@
 
 import os
 from argparse import Namespace
+from pathlib import Path
 
 from tar import UserError
 from tar.data.datasets import load_test_set
 from tar.data.image_files import read_header, turn
 from tar.data.source import Source
-from tar.pictures.detections import picture_name
 from tar.training.flags import COCO_FILES, parse
 
 
@@ -34,16 +34,16 @@ def images_to_show(wanted, source):
         chosen = range(len(files))[: int(wanted[0])]
     else:
         index_of = {os.path.realpath(file): index for index, file in enumerate(files)}
-        chosen = [index_of.get(os.path.realpath(os.path.expanduser(path))) for path in wanted]
+        chosen = [index_of.get(os.path.realpath(path)) for path in wanted]
         if None in chosen:
             path = wanted[chosen.index(None)]
             raise UserError(f"{path}: not in the test set; --predict detects on images without ground truth")
-    in_files = isinstance(source, Source)  # shapes are drawn
-    several = len({picture_name(file).casefold() for file in files}) < len(files)
+    several = len({Path(file).stem.casefold() for file in files}) < len(files)
     for index in chosen:
         image, boxes, labels, ignored = source.load(0, index)
-        if in_files:
+        name = f"image-{index}"
+        if isinstance(source, Source):  # of files; shapes are drawn
+            name = f"{index:06d}-" * several + Path(files[index]).stem
             _, orientation, used, _ = read_header(files[index], source.sizes[index].tolist(), source.exif)
             image, boxes = turn(image, boxes, 1 if used == orientation else orientation)
-        name = picture_name(files[index], f"{index:06d}-" if several else "") if in_files else f"image-{index}"
         yield name, image, {"boxes": boxes[~ignored], "labels": labels[~ignored]}

@@ -1,4 +1,4 @@
-"""Panels of the method on one image: mask, feature errors, shared regions, gate, soft labels. Input: a StepOnImage."""
+"""Panels of the method on one image: mask, feature errors, shared regions, gate, soft labels. view: step_on_image()."""
 
 from torchvision.ops import box_iou
 

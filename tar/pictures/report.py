@@ -9,24 +9,17 @@ from tar.evaluation.compare_runs import class_text, figures_text
 from tar.pictures.charts import training_charts
 from tar.pictures.images_to_show import flags_of, images_to_show, open_test_set
 from tar.pictures.models_to_show import ModelsToShow
-from tar.tables.rows import command_of
 
 PANELS = 2  # images of the test set whose panel is shown, of each run
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1240px; padding: 1rem; }
-h3 { font-size: 1rem; } pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; }
-figure { display: inline-block; margin: 0; max-width: 100%; } svg { width: 600px; } svg text { font-size: 12px; }
-img { max-width: 100%; } figcaption { max-width: 600px; font-size: .85rem; }
-"""
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1240px; padding: 1rem; }
+pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; } img { max-width: 100%; } svg { font-size: 12px; }
+figure { display: inline-block; margin: 0; width: 600px; max-width: 100%; }"""
 
 
 def report(runs, threshold, given):
-    """The text of the HTML page.
+    """The text of the HTML page of runs of open_runs().
 
-    Args:
-        runs: of tar.evaluation.compare_runs.open_runs(), all of the same test set.
-        threshold: least score of a detection in the pictures.
-        given: flags of eval.py that replace the runs' own.
+    threshold: least score of a detection in the pictures. given: flags of eval.py that replace the runs' own.
     """
     results = {run.name: {k: v for k, v in run.result.items() if not isinstance(v, dict)} for run in runs}
     sections = {"Results": text(figures_text(results)), "Classes": text(class_text(runs))}
@@ -40,12 +33,8 @@ def report(runs, threshold, given):
             sections[f"Pictures of {run.name}"] = "".join(panels)
         except UserError as error:
             sections[f"Pictures of {run.name}"] = text(f"Left out: {error}")
-    settings = {run.name: {**run.settings, **run.result["environment"]} for run in runs}
-    words = {name: {k: v if v is None else str(v) for k, v in column.items()} for name, column in settings.items()}
-    sections["Settings"] = text(figures_text(words))
-    ends = {run.name: ("--seed", run.settings["seed"], "--output", run.folder) for run in runs}
-    commands = [f"{run.name}:\n{command_of(flags_of(run.settings), *ends[run.name])}" for run in runs]
-    sections["Commands"] = text("\n\n".join(commands))
+    settings = {run.name: {k: str(v) for k, v in {**run.settings, **run.result["environment"]}.items()} for run in runs}
+    sections["Settings"] = text(figures_text(settings))
 
     title = html.escape(", ".join(run.name for run in runs))
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}\n" for heading, content in sections.items())

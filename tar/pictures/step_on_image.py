@@ -1,6 +1,7 @@
 """One distillation step on one image, without learning: what the pictures of the method show."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from torchvision.models.detection import RetinaNet
@@ -8,29 +9,14 @@ from torchvision.transforms.v2 import functional as v2
 
 from tar.data.loader import to_device
 from tar.method.backbone_level import adapted_features
-from tar.method.proposal_sharing import SharedRegions, faster_rcnn_outputs, retinanet_outputs
+from tar.method.proposal_sharing import faster_rcnn_outputs, retinanet_outputs
 from tar.method.regression_level import regression_gate
 from tar.method.step import teacher_pixels
 
 
-@dataclass
-class StepOnImage:
-    """L pyramid levels, P positive regions; boxes are xyxy in pixels of the resized image."""
-
-    image: torch.Tensor  # uint8 [3, H, W], resized
-    target: dict  # boxes [N, 4], labels [N] from 1
-    strides: list  # of the L levels
-    masks: list  # L float [H_l, W_l]
-    errors: list  # L float [H_l, W_l], the mean over the channels of |adapter(F_S) - F_T|; [] without adapters
-    positive: SharedRegions
-    teacher_boxes: torch.Tensor  # [P, 4], decoded from the teacher's regions
-    gate: torch.Tensor  # bool [P], the regression gate
-    to_beat: torch.Tensor  # [P, 4], what the teacher's box is compared with there: the region or the student's box
-
-
 @torch.inference_mode()
 def step_on_image(step, teacher, image, target):
-    """Runs teacher and student on one image, on the CPU.
+    """What teacher and student compute on one image, on the CPU; boxes are xyxy in pixels of the resized image.
 
     Args:
         step: a DistillationStep in evaluation mode.
@@ -39,7 +25,7 @@ def step_on_image(step, teacher, image, target):
     student, settings = step.student, step.settings
     images, targets = student.transform(*to_device([image], [target], torch.device("cpu")))
     features = student.backbone(images.tensors)
-    teacher_features = teacher.backbone(teacher_pixels(student, teacher, images))
+    teacher_features = teacher.backbone(teacher_pixels(student, teacher, images.tensors, images.image_sizes))
     maps, teacher_maps = list(features.values()), list(teacher_features.values())
     masks, errors = step.masks(images, targets, teacher_maps), []
     if len(step.adapters):
@@ -48,17 +34,17 @@ def step_on_image(step, teacher, image, target):
     outputs = retinanet_outputs if isinstance(student, RetinaNet) else faster_rcnn_outputs
     both_heads = replace(settings, weight_cls=1.0, weight_reg=1.0)
     _, shared = outputs(student, features, images, targets, teacher, teacher_features, both_heads)
-    positive, box_coder = shared.positive(), shared.box_coder
-    student_boxes = box_coder.decode_single(positive.deltas, positive.region)
+    positive, coder = shared.positive(), shared.box_coder
     where = positive.region, positive.teacher_region, positive.gt_box
-    return StepOnImage(
-        image=v2.resize(image, images.image_sizes[0]),
-        target=targets[0],
-        strides=student.strides,
-        masks=[mask[0] for mask in masks],
-        errors=errors,
-        positive=positive,
-        teacher_boxes=box_coder.decode_single(positive.teacher_deltas, positive.teacher_region),
-        gate=regression_gate(settings.reg_gate, box_coder, positive.deltas, positive.teacher_deltas, *where),
-        to_beat=student_boxes if settings.reg_gate == "student" else positive.region,
+    student_boxes = coder.decode_single(positive.deltas, positive.region)
+    return SimpleNamespace(
+        image=v2.resize(image, images.image_sizes[0]),  # uint8 [3, H, W], resized
+        target=targets[0],  # boxes [N, 4], labels [N] from 1
+        strides=student.strides,  # of the L pyramid levels
+        masks=[mask[0] for mask in masks],  # L float [H_l, W_l]
+        errors=errors,  # L float [H_l, W_l], the mean over the channels of |adapter(F_S) - F_T|; [] without adapters
+        positive=positive,  # SharedRegions, P rows
+        teacher_boxes=coder.decode_single(positive.teacher_deltas, positive.teacher_region),  # [P, 4]
+        gate=regression_gate(settings.reg_gate, coder, positive.deltas, positive.teacher_deltas, *where),  # bool [P]
+        to_beat=student_boxes if settings.reg_gate == "student" else positive.region,  # [P, 4], by the teacher's box
     )

@@ -25,21 +25,22 @@ def read_table(file):
 
 def table_text(table):
     """A table as Markdown, with each row's curve and command. A row's gains are differences of runs of one seed."""
-    rows, main, lines = table["rows"], _main_figure(table), []
-    figures = [figure for figure in FIGURES if table["dataset"] == "voc" or "voc" not in figure]
+    rows, lines, voc = table["rows"], [], table["dataset"] == "voc"
+    main = "voc07" if voc else "AP"  # the figure in which gains are counted
     runs_of = {row["title"]: row["runs"] for row in rows}
+    plain = next((row["runs"] for row in rows if row["kind"] == PLAIN), [])
     for row in rows:
         runs, distilled = row["runs"], row["kind"] == DISTILLED
-        line = {"run": row["title"], **{FIGURES[f]: spread([run[f] for run in runs]) for f in figures}}
-        line["over plain"] = None if row["kind"] == PLAIN else gain(runs, _plain(rows), main)
-        line["over equal cost"] = gain(runs, _equal_cost(runs, rows), main) if distilled else None
+        line = {"run": row["title"]}
+        line |= {name: spread([run[f] for run in runs]) for f, name in FIGURES.items() if voc or "voc" not in f}
+        line["over plain"] = None if row["kind"] == PLAIN else gain(runs, plain, main)
+        line["over equal cost"] = gain(runs, _equal_cost(runs, plain, rows), main) if distilled else None
         line["over teacher"] = gain(runs, runs_of.get(row["teacher_row"], []), main) if row["whole"] else None
         line |= {"paper (r50)": row["paper"]} if table["papers"] else {}
         if runs:
-            line |= {"cost": f"{_cost(runs):.2f}" if distilled else None, "gate open": _gate(runs)}
+            line |= {"cost": f"{_mean('cost', runs):.2f}" if distilled else None, "gate open": _gate(runs)}
             line |= {"parameters (M)": runs[0]["parameters"] / 1e6, "epochs": runs[0]["epochs"]}
-            line["training minutes"] = mean(run["seconds"] for run in runs) / 60
-            line["ms an image"] = mean(run["ms_per_image"] for run in runs)
+            line |= {"training minutes": _mean("seconds", runs) / 60, "ms an image": _mean("ms_per_image", runs)}
         lines.append(line)
     most = max(len(row["runs"]) for row in rows)
     seeds = f"mean ± standard deviation of {most} seeds" if most > 1 else "one seed"
@@ -48,7 +49,7 @@ Over plain, equal cost, teacher: the gain in {FIGURES[main]} / AP50, seed by see
 epochs, over the plain student that costs as much, over the run's own teacher.
 Cost: in plain trainings of the same epochs. Gate open: percent of the positives, by quarter of the run."""
     commands = "\n".join(f"{row['title']}:\n    {row['command']}" for row in rows if row["command"])
-    return "\n\n".join(filter(None, [about, table.get("note"), rows_table(lines), _curves(table), commands]))
+    return "\n\n".join(filter(None, [about, table.get("note"), rows_table(lines), _curves(rows, main), commands]))
 
 
 def gain(runs, others, figure):
@@ -60,25 +61,15 @@ def gain(runs, others, figure):
     return " / ".join(each) if all(each) else None
 
 
-def _main_figure(table):
-    """The figure in which gains are counted."""
-    return "voc07" if table["dataset"] == "voc" else "AP"
+def _mean(name, runs):
+    return mean(run[name] for run in runs)
 
 
-def _cost(runs):
-    return mean(run["cost"] for run in runs)
-
-
-def _plain(rows):
-    return next((row["runs"] for row in rows if row["kind"] == PLAIN), [])
-
-
-def _equal_cost(runs, rows):
-    """The shortest plain runs that cost as much as these, or more, and are longer than the plain row; or none."""
-    plain = _plain(rows)
+def _equal_cost(runs, plain, rows):
+    """The shortest plain runs that cost as much as these, or more, and are longer than the plain row's; or none."""
     if not plain or not runs:
         return []
-    least = max(math.ceil(plain[0]["epochs"] * _cost(runs) - 1e-9), plain[0]["epochs"] + 1)
+    least = max(math.ceil(plain[0]["epochs"] * _mean("cost", runs) - 1e-9), plain[0]["epochs"] + 1)
     equal = [row["runs"] for row in rows if row["kind"] == EQUAL and row["runs"]]
     longer = [runs for runs in equal if runs[0]["epochs"] >= least]
     return min(longer, key=lambda runs: runs[0]["epochs"], default=[])
@@ -90,14 +81,14 @@ def _gate(runs):
     return " ".join(cell(None if None in quarter else mean(quarter)) for quarter in quarters) or None
 
 
-def _curves(table):
-    """The main figure at each evaluation, a line a row, as Markdown; None where no run has two evaluations."""
-    figure, curves = _main_figure(table), {}
-    for row in table["rows"]:
+def _curves(rows, figure):
+    """A figure at each evaluation, a line a row, as Markdown; None where no run has two evaluations."""
+    curves = {}
+    for row in rows:
         for epoch, figures in (point for run in row["runs"] for point in run["curve"]):
             curves.setdefault(row["title"], {}).setdefault(epoch, []).append(figures.get(figure))
     if all(len(curve) < 2 for curve in curves.values()):
         return None
     epochs = sorted({epoch for curve in curves.values() for epoch in curve})
-    rows = [[title, *(spread(curve.get(epoch)) for epoch in epochs)] for title, curve in curves.items()]
-    return f"{FIGURES[figure]} after so many epochs:\n\n" + markdown(["run", *map(str, epochs)], rows)
+    lines = [[title, *(spread(curve.get(epoch)) for epoch in epochs)] for title, curve in curves.items()]
+    return f"{FIGURES[figure]} after so many epochs:\n\n" + markdown(["run", *map(str, epochs)], lines)

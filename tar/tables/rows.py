@@ -40,34 +40,28 @@ COCO_ROWS = [
     ("TAR from r152", DISTILLED, {"teacher": "r152"}, 39.9),
     ("teacher r152", TEACHER, {"teacher": "r152"}),
 ]
-GATE_ROWS = [
-    *variants("regression level, gate {}", "reg_gate", ("proposal", "student", "none"), only("reg")),
-    *variants("classification level, gate {}", "cls_gate", ("none", "better"), only("cls")),
-    ("classification level, all regions", DISTILLED, {**only("cls"), "soft_labels": "all"}),
-]
-PROPOSAL_ROWS = [
-    *variants("both heads' levels, {} proposals", "proposals", ("student", "teacher", "both"), only("cls", "reg")),
-    ("both heads' levels, no sharing", DISTILLED, {**only("cls", "reg"), "no_sharing": True}),
-]
-MASK_ROWS = variants("backbone level, {} mask", "mask", ("gaussian", "box", "full", "fine-grained"), only("backbone"))
-DECAY_ROWS = variants("all three levels, decay {}", "decay", ("linear", "cosine", "step", "none"), {"decay_end": 1.0})
 LARGER_TEACHERS = [
     (title.format(backbone), kind, {"teacher": backbone})
     for backbone in ("r18", "r34", "r50", "r101")
     for title, kind in (("TAR from {}", DISTILLED), ("teacher {}", TEACHER))
 ]
-ROWS = {
-    "shapes": LEVEL_ROWS,
-    "voc": LEVEL_ROWS,
-    "coco": COCO_ROWS,
-    "retinanet": [PLAIN_ROW, ("TAR", DISTILLED, {}, "+2.3"), TEACHER_ROW],
-    "claim": [PLAIN_ROW, ("TAR", DISTILLED), TEACHER_ROW],
-    "teachers": [PLAIN_ROW, *LARGER_TEACHERS],
-    "masks": [PLAIN_ROW, *MASK_ROWS, TEACHER_ROW],
-    "decay": [PLAIN_ROW, *DECAY_ROWS, TEACHER_ROW],
-    "gates": [PLAIN_ROW, *GATE_ROWS, TEACHER_ROW],
-    "proposals": [PLAIN_ROW, *PROPOSAL_ROWS, TEACHER_ROW],
+BETWEEN = {  # rows between the plain student's and the teacher's
+    "retinanet": [("TAR", DISTILLED, {}, "+2.3")],
+    "claim": [("TAR", DISTILLED)],
+    "masks": variants("backbone level, {} mask", "mask", ("gaussian", "box", "full", "fine-grained"), only("backbone")),
+    "decay": variants("all three levels, decay {}", "decay", ("linear", "cosine", "step", "none"), {"decay_end": 1.0}),
+    "gates": [
+        *variants("regression level, gate {}", "reg_gate", ("proposal", "student", "none"), only("reg")),
+        *variants("classification level, gate {}", "cls_gate", ("none", "better"), only("cls")),
+        ("classification level, all regions", DISTILLED, {**only("cls"), "soft_labels": "all"}),
+    ],
+    "proposals": [
+        *variants("both heads' levels, {} proposals", "proposals", ("student", "teacher", "both"), only("cls", "reg")),
+        ("both heads' levels, no sharing", DISTILLED, {**only("cls", "reg"), "no_sharing": True}),
+    ],
 }
+ROWS = {name: [PLAIN_ROW, *rows, TEACHER_ROW] for name, rows in BETWEEN.items()}
+ROWS |= {"shapes": LEVEL_ROWS, "voc": LEVEL_ROWS, "coco": COCO_ROWS, "teachers": [PLAIN_ROW, *LARGER_TEACHERS]}
 
 
 @dataclass
@@ -98,31 +92,27 @@ class Row:
 
 def rows_of(args, parent):
     """The rows of the table that the flags name, in its order; without --table those of the demonstration."""
-    if args.table is None:
-        teacher, plain = f"teacher {args.teacher}", f"plain {args.student}"
-        changes = {"teacher_weights": parent / "teacher/last.pth", "teacher_epochs": 0}
-        title = f"TAR {args.student} from {args.teacher}"
-        return [
-            Row(teacher, TEACHER, folder="teacher"),
+    if args.table:
+        rows = [*(Row(*row) for row in ROWS[args.table]), Row("student, equal cost", EQUAL)]
+        if args.teacher_weights:  # trained elsewhere
+            rows = [row for row in rows if row.kind != TEACHER]
+    else:
+        plain, trained = f"plain {args.student}", {"teacher_weights": parent / "teacher/last.pth", "teacher_epochs": 0}
+        rows = [
+            Row(f"teacher {args.teacher}", TEACHER, folder="teacher"),
             Row(plain, PLAIN, folder="plain"),
-            Row(title, DISTILLED, changes, folder="tar", whole=True, teacher_row=teacher),
+            Row(f"TAR {args.student} from {args.teacher}", DISTILLED, trained, folder="tar"),
             Row(f"{plain}, equal cost", EQUAL, folder="plain-equal-cost"),
         ]
-    rows = [Row(*row) for row in ROWS[args.table]]
-    if args.teacher_weights:  # trained elsewhere
-        rows = [row for row in rows if row.kind != TEACHER]
     titles = {row.changes.get("teacher"): row.title for row in rows if row.kind == TEACHER}
     for row in rows:
         if row.kind == DISTILLED and row.changes.keys() <= TEACHERS_FLAGS:
             row.whole, row.teacher_row = True, titles.get(row.changes.get("teacher"))
-    return [*rows, Row("student, equal cost", EQUAL)]
+    return rows
 
 
-def command_of(args, *more):
-    """The command line that gives these flags: what differs from the defaults of their data set or recipe.
-
-    more: words to end with, for example seed and output, which the rows of a table do not name.
-    """
+def command_of(args):
+    """The command line that gives these flags, but for seed and output: what differs from their recipe's defaults."""
     words = ["--student", args.student]
     for name, default in (("dataset", "shapes"), ("detector", "faster-rcnn"), ("recipe", None)):
         words += [f"--{name}", getattr(args, name)] * (getattr(args, name) != default)
@@ -130,8 +120,8 @@ def command_of(args, *more):
     apart |= {f"weight_{level}" for level in LEVELS if getattr(args, f"no_{level}")}  # --no-LEVEL says it
     apart |= set() if args.teacher else set(DISTILLATION)
     for name, usual in vars(parse(words)).items():
-        value = getattr(args, name, None)
+        value = getattr(args, name)
         if name not in apart and value not in (None, usual):
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
-    return "python train.py " + shlex.join([*words, *map(str, more)])
+    return "python train.py " + shlex.join(words)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, mean
 
@@ -19,10 +18,8 @@ ALL_OVER_TEACHER = 3.1  # time of all runs of the demonstration, over that of it
 def run_table(args, process, train):
     """Trains the rows that have not been trained, saves table-NAME-DATASET-DETECTOR.json after each, and prints it.
 
-    Args:
-        args: flags; student and teacher may be missing. Without --table: the demonstration, in folders of its own.
-        train: train.py's function for a run: (args, process, parent folder, name of its folder or None, its title)
-            -> ({title: result.json's dict}, the student's last, and its folder).
+    args: flags; student and teacher may be missing. Without --table: the demonstration, in folders of its own.
+    train: train.train_with_teacher(), a run of args, process, parent, name and title.
     """
     teacher, student = ("r18", "r10") if args.dataset == "shapes" else ("r101", "r50")
     with_teacher = args.teacher or args.teacher_weights
@@ -32,12 +29,11 @@ def run_table(args, process, train):
     parent = Path(args.output or ("runs" if args.table else "runs/demo"))
     rows = rows_of(args, parent)
     for row in rows:  # before the first is trained
-        wrong = contradiction(row.flags(args))
-        if wrong:
+        if wrong := contradiction(row.flags(args)):
             raise UserError(f"--table {args.table}, row {row.title}: {wrong}")
-    if with_teacher and any(row.changes.get("teacher") for row in rows):
-        text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
-        raise UserError(f"--table {args.table}: {text}")
+        if with_teacher and row.changes.get("teacher"):
+            text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
+            raise UserError(f"--table {args.table}: {text}")
     table = {"table": args.table or "demo", "dataset": args.dataset, "detector": args.detector, "split": args.split}
     table["papers"] = args.dataset == TABLE_DATASETS.get(args.table)  # else its figures are of other data
     process.runs_ahead = 0.0 if args.table else ALL_OVER_TEACHER
@@ -52,8 +48,8 @@ def run_table(args, process, train):
             process.runs_ahead = 0.0
             row.runs.append(process.shared(process.on_main(summary_of, result, folder, seed)))
         table["test_images"] = result["test_images"]
-        table["rows"] = [{k: v for k, v in asdict(r).items() if k not in ("changes", "folder")} for r in rows]
-        process.on_main(checkpoint.save_text, file, json_of(table))
+        table["rows"] = [{k: v for k, v in vars(row).items() if k not in ("changes", "folder")} for row in rows]
+        process.on_main(checkpoint.save_text, file, json.dumps(table) + "\n")
     process.say("\n" + table_text(table))
     run = parent / costly(rows)[0].runs[0]["folder"]
     process.say(f"Table: {file}. Next: python eval.py --weights {run / 'last.pth'}")
@@ -67,28 +63,19 @@ def costly(rows):
 
 def epochs_of_equal_cost(args, rows, process):
     """How long a plain student trains that costs as much as the dearest distillation: whole epochs, rounded up."""
-    costs = {row.title: mean(run["cost"] for run in row.runs) for row in costly(rows)}
-    dearest = max(costs, key=costs.get)
-    epochs = max(math.ceil(args.epochs * costs[dearest]), args.epochs)
-    text = f"costs {costs[dearest]:.2f} plain trainings: {epochs} epochs for {args.epochs}"
-    process.say(f"\nThe distillation ({dearest}) {text}.")
+    cost, title = max((mean(run["cost"] for run in row.runs), row.title) for row in costly(rows))
+    epochs = max(math.ceil(args.epochs * cost), args.epochs)
+    process.say(f"\nThe distillation ({title}) costs {cost:.2f} plain trainings: {epochs} epochs for {args.epochs}.")
     return epochs
 
 
 def summary_of(result, folder, seed):
-    """What a table keeps of a run, of its result.json and the log.jsonl of its folder.
-
-    Figures in percent, also of each class and at each evaluation; cost in plain trainings of the same epochs; gate.
-    """
+    """What a table keeps of a run: figures, also of each class and at each evaluation; cost; gate."""
 
     def chosen(figures, names=("AP", "AP50", "voc07")):
         return {name: figures[name] for name in names if name in figures}
 
-    try:
-        log = read_log(folder / "log.jsonl")
-    except UserError as error:  # the figures do not hang on a log
-        print(f"Curve and gate are left out: {error}")
-        log = []
+    log = read_log(folder / "log.jsonl")
     return {
         **{"seed": seed, "folder": folder.name, "device": result["environment"]["device"]},
         **chosen(result, ("cost", "parameters", "ms_per_image", "epochs", "seconds", *FIGURES)),
@@ -110,9 +97,3 @@ def gate_by_quarter(log):
             quarters[4 * before // steps[-1]["step"]] += [100 * line["gate_open"]] * (line["step"] - before)
         before = line["step"]
     return [fmean(quarter) if quarter else None for quarter in quarters] if any(quarters) else None
-
-
-def json_of(table):
-    """A table as JSON, one row a line; its last entry is the rows."""
-    start = json.dumps({**table, "rows": []}).removesuffix("[]}")
-    return start + "[\n" + ",\n".join(map(json.dumps, table["rows"])) + "\n]}\n"

@@ -6,6 +6,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from torchvision.ops import box_area, box_iou
 
 from tar.bench import __main__ as bench
 from tar.bench.__main__ import FLOOR, PLAIN, STOCK, TAR
@@ -41,16 +42,12 @@ def test_all_kinds_do_the_work_they_name(detector):
     assert with_backbone < counted["reg level"] <= counted[FLOOR]
 
 
-def test_drawn_boxes_lie_in_their_image_and_cover_42_percent():
-    covered = []
-    for image, target in zip(*bench.draw_batch(200, 60, 90), strict=True):
-        assert image.dtype == torch.uint8 and image.shape == (3, 60, 90)
-        x0, y0, x1, y1 = target["boxes"].T
-        assert ((x0 >= 0) & (y0 >= 0) & (x1 <= 90) & (y1 <= 60) & (x1 > x0) & (y1 > y0)).all()
-        assert target["labels"].min() >= 1
-        x, y = torch.arange(90)[:, None] + 0.5, torch.arange(60)[:, None, None] + 0.5
-        covered.append(((x > x0) & (x < x1) & (y > y0) & (y < y1)).any(-1).float().mean())
-    assert torch.stack(covered).mean() == pytest.approx(0.42, abs=0.03)
+def test_drawn_boxes_cover_42_percent_of_their_image():
+    [image], [target] = bench.draw_batch(1, 60, 90)
+    boxes = target["boxes"]
+    assert image.shape == (3, 60, 90) and boxes.min() >= 0 and (boxes[:, 2:] <= torch.tensor([90, 60])).all()
+    assert box_iou(boxes, boxes).tolist() == [[1, 0], [0, 1]]
+    assert box_area(boxes).sum() / (60 * 90) == pytest.approx(0.42)
 
 
 def test_kinds_of_step_take_turns_and_ratios_are_of_one_round(monkeypatch):
@@ -76,6 +73,3 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     ms = sorted(figures["steps"][TAR])[1]
     assert figures["of_peak"][TAR] == pytest.approx(240 / (ms / 1000) / 1e6)
     assert "tar_over_plain: " in out and "unwanted" not in out
-    with pytest.raises(SystemExit) as stopped:
-        bench.main([*FLAGS.split(), "--rows", "warp"])
-    assert stopped.value.code == 2 and "--rows: invalid choice" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Images and boxes in files: sizes, orientations, what is noted and what is refused."""
+"""Images and boxes in files: how images are read, sizes, orientations, what is noted and what is refused."""
 
 import re
 
@@ -8,90 +8,106 @@ import torch
 from PIL import Image, ImageOps
 
 from tar import UserError
-from tar.data.image_files import EXIF, files_in, orientations, read_header, read_image, turn
+from tar.data.image_files import EXIF, files_in, read_header, read_image, turn
 from tar.data.source import SAMPLE, Source
 from tar.pictures.images_to_show import images_to_show
 
 BOX = (2, 4, 10, 20)
+SIZE = (40, 30)
 
 
-def write(file, size=(40, 30), orientation=None, mode="RGB"):
-    """An image of noise; a PNG, whatever its suffix."""
+def write(file, size=SIZE, orientation=None):
+    """An image of noise, with an EXIF orientation."""
     exif = Image.Exif()
     if orientation:
         exif[0x0112] = orientation
     pixels = np.random.default_rng(orientation or 0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(file, "PNG", exif=exif)
+    Image.fromarray(pixels).save(file, exif=exif)
     return str(file)
 
 
-def source(images, boxes=((0, *BOX),), **options):
+def source(files, boxes=((0, *BOX),), sizes=None, **options):
     """boxes: of class 1, (number of the image, x0, y0, x1, y1)."""
-    return Source(("thing",), images, [(*box, 1, 0) for box in boxes], "list.txt", **options)
+    return Source(("thing",), files, sizes or [SIZE] * len(files), [(*b, 1, 0) for b in boxes], "list.txt", **options)
 
 
-@pytest.mark.parametrize("given", [(0, 0), (None, None), (float("nan"), 30), (-40, 30), (30, 40), (20, 15), (40, 30)])
+@pytest.fixture
+def file(tmp_path):
+    return write(tmp_path / "a.png")
+
+
+def test_images_of_other_modes_become_three_channels_of_eight_bits(tmp_path):
+    values = np.array([[0, 257, 514], [32896, 65278, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.new("L", SIZE, 99).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "deep.png")[0].tolist() == [[0, 1, 2], [128, 254, 255]]
+    image = read_image(tmp_path / "grey.png")
+    assert image.shape == (3, 30, 40) and image.unique().tolist() == [99]
+
+
+@pytest.mark.parametrize("given", [(0, 0), (None, None), (float("nan"), 30), (-40, 30), (30, 40), (20, 15), SIZE])
 @pytest.mark.parametrize("trust", [True, False])
-def test_the_image_decides_its_own_size(tmp_path, given, trust):
+def test_the_image_decides_its_own_size(file, given, trust):
     """Unknown sizes are read; exchanged and smaller ones cost no box, and are counted."""
-    found = source([(write(tmp_path / "a.png"), *given)], [(0, 2, 4, 38, 28)], trust=trust)
+    found = source([file], [(0, 2, 4, 38, 28)], [given], trust=trust)
     assert found.sizes.tolist() == [[40, 30]] and found.wide == [True] and found.boxes.tolist() == [[2, 4, 38, 28]]
     assert any("another size" in note and ": 1 (" in note for note in found.notes) == (given in ((30, 40), (20, 15)))
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_given_sizes_are_trusted_as_long_as_a_sample_agrees(tmp_path, monkeypatch, wrong):
+def test_given_sizes_are_trusted_as_long_as_a_sample_agrees(file, monkeypatch, wrong):
     """Of 300 images 200 headers are read; then all if one of the 200 disagrees (the last is in every sample)."""
-    image, read = write(tmp_path / "a.png"), []
-    sizes = [(40, 30)] * 299 + [(30, 40) if wrong else (40, 30)]
+    read = []
     monkeypatch.setattr("tar.data.source.read_header", lambda *a, **k: read.append(a) or read_header(*a, **k))
-    found = source([(image, *size) for size in sizes])
+    found = source([file] * 300, sizes=[SIZE] * 299 + [SIZE[::-1] if wrong else SIZE])
     assert len(read) == (SAMPLE + 300 if wrong else SAMPLE) and (found.sizes == [40, 30]).all()
     assert ["another size" in note for note in found.notes] == [True] * wrong
 
 
-def test_an_image_of_another_size_than_thought_cuts_its_boxes_when_it_is_loaded(tmp_path):
-    found = source([(write(tmp_path / "a.png"), 40, 30)], [(0, *BOX), (0, 30, 20, 38, 28)])
+def test_an_image_of_another_size_than_thought_cuts_its_boxes_when_it_is_loaded(tmp_path, file):
+    found = source([file], [(0, *BOX), (0, 30, 20, 38, 28)])
     write(tmp_path / "a.png", (20, 15))
     image, boxes, labels, ignored = found.load(0, 0)
     assert image.shape == (3, 15, 20) and boxes.tolist() == [[2, 4, 10, 15]] and boxes.dtype == torch.float32
     assert labels.tolist() == [1] and ignored.tolist() == [False]
 
 
-def test_boxes_beyond_the_image_are_counted_and_most_of_them_refused(tmp_path):
-    images = [(write(tmp_path / "a.png"), 40, 30)]
+def test_boxes_beyond_the_image_are_counted_and_most_of_them_refused(file):
     far, near = (0, 30, 20, 42, 30), (0, 30, 20, 41, 30)
-    found = source(images, [(0, *BOX), near, far])
+    found = source([file], [(0, *BOX), near, far])
     assert [": 1 (" in note and "beyond" in note for note in found.notes] == [True]
     assert found.boxes[1:].tolist() == [[30, 20, 40, 30]] * 2
     with pytest.raises(UserError, match=r"list.txt: most boxes are beyond.*corners.*resized.*a.png"):
-        source(images, [(0, *BOX), far, far])
+        source([file], [(0, *BOX), far, far])
 
 
 @pytest.mark.parametrize("fractions", [(0.1, 0.2, 0.7, 0.9), (-0.9, -0.8, 0.7, 0.9)], ids=["COCO", "VOC"])
-def test_most_boxes_under_one_pixel_are_refused_as_fractions(tmp_path, fractions):
-    images = [(write(tmp_path / "a.png"), 40, 30)]
-    found = source(images, [(0, *BOX), (0, *fractions)])
+def test_most_boxes_under_one_pixel_are_refused_as_fractions(file, fractions):
+    found = source([file], [(0, *BOX), (0, *fractions)])
     assert any("smaller than a pixel" in note for note in found.notes) and len(found.boxes) == 2
     with pytest.raises(UserError, match=r"list.txt: most boxes are smaller.*fractions"):
-        source(images, [(0, *BOX), (0, *fractions), (0, *fractions)])
+        source([file], [(0, *BOX), (0, *fractions), (0, *fractions)])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_and_its_boxes_are_turned_as_pil_turns_them(tmp_path, orientation):
-    write(tmp_path / "a.png", orientation=orientation)
-    with Image.open(tmp_path / "a.png") as image:
-        stored, upright = (
-            torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in (image, ImageOps.exif_transpose(image))
-        )
+    """ "auto" leaves an image as it is stored where only the stored pixels have the annotation's size."""
+    file = write(tmp_path / "a.png", orientation=orientation)
+    with Image.open(file) as image:
+        both = image, ImageOps.exif_transpose(image)
+        stored, upright = (torch.from_numpy(np.array(pixels)).permute(2, 0, 1) for pixels in both)
     size = upright.shape[:0:-1]
-    assert read_header(tmp_path / "a.png") == (size, orientation, orientation, "RGB")
-    assert torch.equal(read_image(tmp_path / "a.png"), upright)
-    assert torch.equal(read_image(tmp_path / "a.png", size), upright)
-    assert torch.equal(read_image(tmp_path / "a.png", (40, 30), "stored"), stored)
-    assert torch.equal(read_image(tmp_path / "a.png", (40, 30), "upright"), upright)
-    as_said = stored if orientation >= 5 else upright  # only there does the size tell
-    assert torch.equal(read_image(tmp_path / "a.png", (40, 30), "auto"), as_said)
+    assert read_header(file) == (size, orientation, orientation, "RGB")
+    as_said = stored if orientation >= 5 else upright
+    for options, expected in (
+        ((), upright),
+        ((size,), upright),
+        (((50, 50),), upright),
+        ((SIZE,), as_said),
+        ((SIZE, "stored"), stored),
+        ((SIZE, "upright"), upright),
+    ):
+        assert torch.equal(read_image(file, *options), expected)
     marked = torch.zeros(1, 30, 40)
     marked[:, 4:20, 2:10] = 1
     turned, [[x0, y0, x1, y1]] = turn(marked, torch.tensor([BOX]).float(), orientation)
@@ -100,50 +116,46 @@ def test_an_image_and_its_boxes_are_turned_as_pil_turns_them(tmp_path, orientati
 
 @pytest.mark.parametrize("exif", EXIF)
 def test_rotated_images_are_counted_with_the_reading_that_is_used(tmp_path, exif):
-    images = [
-        (write(tmp_path / f"{o}.png", orientation=o), *size)
-        for o, size in ((3, (40, 30)), (6, (40, 30)), (1, (40, 30)))
-    ]
-    found = source(images, [(i, *BOX) for i in range(3)], exif=exif)
+    files = [write(tmp_path / f"{orientation}.png", orientation=orientation) for orientation in (3, 6, 1)]
+    found = source(files, [(i, *BOX) for i in range(3)], exif=exif)
     upright = {"auto": 1, "upright": 2, "stored": 0}[exif]
     assert any(f"{upright} are turned upright, {2 - upright} stay as stored" in note for note in found.notes)
-    for index, (file, *size) in enumerate(images):
-        assert torch.equal(found.load(0, index)[0], read_image(file, size, exif))
-        assert found.load(0, index)[0].shape[:0:-1] == tuple(found.sizes[index])
+    for index, file in enumerate(files):
+        image = found.load(0, index)[0]
+        assert torch.equal(image, read_image(file, SIZE, exif)) and image.shape[:0:-1] == tuple(found.sizes[index])
 
 
 def test_an_image_that_is_read_as_stored_is_shown_upright_with_its_boxes(tmp_path):
-    found = source([(write(tmp_path / "a.png", orientation=6), 40, 30)], exif="stored")
-    [(name, image, target)] = images_to_show([str(tmp_path / "a.png")], found)
-    assert name == "a" and torch.equal(image, read_image(tmp_path / "a.png")) and image.shape == (3, 40, 30)
+    file = write(tmp_path / "a.png", orientation=6)
+    [(name, image, target)] = images_to_show([file], source([file], exif="stored"))
+    assert name == "a" and torch.equal(image, read_image(file)) and image.shape == (3, 40, 30)
     assert target["boxes"].tolist() == [[30 - 20, 2, 30 - 4, 10]]  # what was at the left is at the top
 
 
-def test_rubbish_for_exif_is_no_orientation(tmp_path):
-    for kind, exif in (
-        ("JPEG", b"Exif\0\0rubbish"),
-        ("PNG", b"rubbish"),
-        ("PNG", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\1\x12\0\3\0\0\0\1\0\x63\0\0"),
-    ):
-        Image.new("RGB", (40, 30)).save(tmp_path / "a", kind, exif=exif)
-        with Image.open(tmp_path / "a") as image:
-            assert orientations(image) == (1, 1)
-        assert read_image(tmp_path / "a").shape == (3, 30, 40)
+RUBBISH = [
+    ("JPEG", b"Exif\0\0rubbish"),
+    ("PNG", b"rubbish"),
+    ("PNG", b"MM\0*\0\0\0\x08\0\x01\1\x12\0\3\0\0\0\1\0\x63\0\0"),
+]
 
 
-@pytest.mark.parametrize(
-    ("highest", "dark"), [(255, True), (4095, True), (16383, True), (40000, False), (65535, False)]
-)
+@pytest.mark.parametrize(("kind", "exif"), RUBBISH)
+def test_rubbish_for_exif_is_no_orientation(tmp_path, kind, exif):
+    Image.new("RGB", SIZE).save(tmp_path / "a", kind, exif=exif)
+    assert read_header(tmp_path / "a") == (SIZE, 1, 1, "RGB") and read_image(tmp_path / "a").shape == (3, 30, 40)
+
+
+@pytest.mark.parametrize(("highest", "dark"), [(255, True), (16383, True), (40000, False), (65535, False)])
 def test_images_of_16_bits_that_end_far_below_are_said(tmp_path, highest, dark):
     Image.fromarray(np.linspace(0, highest, 1200).reshape(30, 40).astype(np.uint16)).save(tmp_path / "a.png")
-    found = source([(str(tmp_path / "a.png"), 40, 30)])
+    found = source([tmp_path / "a.png"])
     assert any("nearly black" in note for note in found.notes) == dark
     assert (found.load(0, 0)[0].max() < 64) == dark
 
 
 def test_an_image_that_cannot_be_read_is_said_when_it_is_loaded(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    found = source([(str(tmp_path / "a.png"), 0, 0)])
+    found = source([tmp_path / "a.png"], sizes=[(0, 0)])
     assert found.boxes.tolist() == [list(BOX)]
     with pytest.raises(UserError, match=r"a.png: cannot be read as an image"):
         found.load(0, 0)

@@ -19,7 +19,7 @@ import train
 from tar import UserError
 from tar.tables.print_table import DISTILLED, EQUAL, PLAIN, TEACHER, read_table, table_text
 from tar.tables.rows import command_of, rows_of
-from tar.tables.run_table import gate_by_quarter, json_of, run_table
+from tar.tables.run_table import gate_by_quarter, run_table
 from tar.training import flags as options
 from tar.training.process import Process
 
@@ -213,7 +213,7 @@ class TestRunTable:
         assert "costs 1.55 plain trainings: 10 epochs for 6" in said
         assert [[of_row["seed"] for of_row in row["runs"]] for row in table["rows"]] == [[0, 1]] * 4
         assert table["rows"][1]["runs"][1]["curve"] == [[8, {"AP": 40.0}]] and not table["papers"]
-        assert json.loads(json_of(table)) == table and table_text(table) in said
+        assert table_text(table) in said
 
     def test_the_papers_figures_are_shown_beside_its_data_only(self, tmp_path):
         for words, papers in (("voc", True), ("voc --dataset shapes", False), ("claim", False)):
