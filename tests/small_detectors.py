@@ -12,10 +12,7 @@ from tar.training import checkpoint
 
 KINDS = ("faster-rcnn", "retinanet")
 CLASSES = ("disc", "square", "bar")
-SMALL = {
-    **{"min_size": 64, "max_size": 96, "fpn_channels": 16, "head_channels": 32, "rois": 64},
-    "rpn_top_n": (1000, 200),
-}
+SMALL = {"min_size": 64, "max_size": 96, "fpn_channels": 16, "head_channels": 32, "rois": 64, "rpn_top_n": (1000, 200)}
 LOSSES = {
     "faster-rcnn": {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"},
     "retinanet": {"classification", "bbox_regression"},

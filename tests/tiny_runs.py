@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +25,14 @@ WEIGHTS = ["--weight-backbone", 0.05, "--weight-cls", 0.5, "--weight-reg", 0.25]
 DETECTION = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STEPS = 6  # 2 epochs of 3 batches
+SIZE = "<size><width>96</width><height>72</height><depth>3</depth></size>"
 
 
 def command(script, *flags, launcher=()):
     """Runs a script of the repository as a user does; launcher: what stands between python and the script."""
     words = [sys.executable, *launcher, ROOT / script, *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=150, env=environment)
 
 
@@ -50,34 +53,26 @@ def weights_of(run):
     return torch.load(run / "last.pth", weights_only=True)["model"]
 
 
-def same_weights(one, other):
-    one, other = weights_of(one), weights_of(other)
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-
-
 def write_voc(folder, classes, lists):
     """Images with a disc and a square each, in VOC's layout; the last object of every other image is difficult."""
     for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
-    number = 0
+    numbers = iter(range(1000))
     for split, count in lists.items():
-        names = [f"{number + i:06d}" for i in range(count)]
-        (folder / "ImageSets/Main" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
-        for name in names:
-            rng, image, objects = np.random.default_rng(number), Image.new("RGB", (96, 72), (70, 70, 70)), ""
+        names = ""
+        for number in islice(numbers, count):
+            rng, image, xml = np.random.default_rng(number), Image.new("RGB", (96, 72), (70, 70, 70)), SIZE
             for k, kind in enumerate(classes):
                 x, y = int(rng.integers(2, 14)) + 46 * k, int(rng.integers(2, 40))
                 draw = (ImageDraw.Draw(image).ellipse, ImageDraw.Draw(image).rectangle)[k]
                 draw((x, y, x + 27, y + 27), fill=((220, 30, 30), (30, 30, 220))[k])
                 ends = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + 28}</xmax><ymax>{y + 28}</ymax>"
-                difficult = int(k == 1 and number % 2)
-                objects += (
-                    f"<object><name>{kind}</name><difficult>{difficult}</difficult><bndbox>{ends}</bndbox></object>"
-                )
-            image.save(folder / "JPEGImages" / f"{name}.jpg")
-            size = "<size><width>96</width><height>72</height><depth>3</depth></size>"
-            (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
-            number += 1
+                xml += f"<object><name>{kind}</name><difficult>{int(k == 1 and number % 2)}</difficult>"
+                xml += f"<bndbox>{ends}</bndbox></object>"
+            image.save(folder / f"JPEGImages/{number:06d}.jpg")
+            (folder / f"Annotations/{number:06d}.xml").write_text(f"<annotation>{xml}</annotation>")
+            names += f"{number:06d}\n"
+        (folder / f"ImageSets/Main/{split}.txt").write_text(names)
     return folder
 
 

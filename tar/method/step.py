@@ -87,7 +87,7 @@ class DistillationStep(nn.Module):
         teacher_features = None
         if teacher is not None:
             with torch.no_grad():
-                teacher_features = teacher.backbone(teacher_pixels(student, teacher, images))
+                teacher_features = teacher.backbone(teacher_pixels(student, teacher, pixels, images.image_sizes))
 
         outputs = retinanet_outputs if isinstance(student, RetinaNet) else faster_rcnn_outputs
         with_heads = teacher is not None and (settings.weight_cls > 0 or settings.weight_reg > 0)
@@ -102,7 +102,8 @@ class DistillationStep(nn.Module):
             masks = self.masks(images, targets, teacher_maps)
             sparse = pixels.device.type == "cpu" and settings.mask != "full"
             compared = adapted_features(self.adapters, maps, teacher_maps, masks, sparse)
-            distillation["distill_backbone"] = self.feature_loss(*compared)
+            normalizer = total_per_process(backbone_normalizer(*compared[1:], settings.backbone_norm))  # Z
+            distillation["distill_backbone"] = backbone_loss(*compared, normalizer)
         if with_heads:
             head_losses, seen = self.head_losses(shared)
             distillation |= head_losses
@@ -118,11 +119,6 @@ class DistillationStep(nn.Module):
         settings = self.settings
         anchors = anchor_generator(self.student)(images, maps) if settings.mask == "fine-grained" else None
         return pyramid_masks(targets, maps, self.student.strides, settings.mask, settings.sigma2, anchors)
-
-    def feature_loss(self, adapted, teacher_features, masks):
-        """L_backbone of what adapted_features() gives."""
-        normalizer = backbone_normalizer(teacher_features, masks, self.settings.backbone_norm)
-        return backbone_loss(adapted, teacher_features, masks, total_per_process(normalizer))
 
     def head_losses(self, shared):
         """L_cls and L_reg of SharedRegions: distillation and seen, as forward()."""
@@ -146,15 +142,14 @@ class DistillationStep(nn.Module):
         return distillation, seen
 
 
-def teacher_pixels(student, teacher, images):
-    """The student's resized images with the teacher's mean and standard deviation: float [B, 3, H, W], padded by 0."""
-    pixels = images.tensors.contiguous(memory_format=torch.channels_last)
+def teacher_pixels(student, teacher, pixels, image_sizes):
+    """The student's pixels [B, 3, H, W] with the teacher's mean and standard deviation, padded by 0 as they are."""
     own, wanted = ((t.image_mean, t.image_std) for t in (student.transform, teacher.transform))
     if own == wanted:
         return pixels
     (mean, std), (its_mean, its_std) = (pixels.new_tensor(each).view(2, 3, 1, 1) for each in (own, wanted))
     renormalised = torch.zeros_like(pixels)
-    for new, old, (height, width) in zip(renormalised, pixels, images.image_sizes, strict=True):
+    for new, old, (height, width) in zip(renormalised, pixels, image_sizes, strict=True):
         new[:, :height, :width] = (old[:, :height, :width] * std + mean - its_mean) / its_std
     return renormalised
 

@@ -17,20 +17,16 @@ STORES = []  # the store of torchrun's processes, once this process has joined t
 
 @contextlib.contextmanager
 def program(name):
-    """The body of a program. Where it fails, the first process that fails says why, and ends at once.
-
-    It does not destroy the process group: under NCCL that would wait for the other processes, which wait for this one.
-    torchrun ends the others.
-    """
+    """The body of a program. Where it fails, the first process that fails says why, and ends at once."""
+    # Where it fails, it does not destroy the process group: under NCCL that would wait for the other processes, which
+    # wait for this one. torchrun ends the others.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding lacks
     try:
         yield
-    except SystemExit:
-        raise
     except BaseException as error:
         line, code = in_one_line(error)
-        if not STORES and line is None:  # a fault of the program's own
+        if isinstance(error, SystemExit) or (line is None and not STORES):  # an end as meant; a fault of our own
             raise
         with contextlib.suppress(OSError):  # a full disk, a closed pipe
             if is_first():
@@ -50,7 +46,7 @@ def in_one_line(error):
         return str(error).strip().splitlines()[-1].removeprefix("tar.UserError: "), error.code
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return f"{text.split(' Tried to allocate')[0]} Give a smaller --batch-size or --size; what was saved is kept", 2
-    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG):
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
         return f"{error.filename}: {error.strerror}", 2
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"a loader process has ended: {text} If memory ran out, give fewer --workers; what was saved is kept", 2

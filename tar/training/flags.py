@@ -14,7 +14,7 @@ from tar.method.proposal_sharing import PROPOSALS
 from tar.method.regression_level import REG_GATES
 from tar.method.step import DistillationSettings
 from tar.training.optimizer import SCHEDULES
-from tar.training.parser import Defaults, Parser, above_0, count, device_flags, number, positive, up_to_1, weight
+from tar.training.parser import Defaults, Parser, above_0, count, device_flags, positive, up_to_1, weight
 from tar.training.recipes import RECIPES
 
 BUILD = ("backbone_weights", "trainable_layers", "fpn_channels", "pyramid_norm", "head_channels", "anchor_scale")
@@ -29,8 +29,7 @@ TABLES = ("shapes", "voc", "coco", "retinanet", "claim", "teachers", "masks", "d
 
 def parser():
     """The command line of train.py."""
-    text = "Train a detector, or distil one from a teacher. Without --student: the demonstration on drawn shapes."
-    p = Parser(description=text, formatter_class=Defaults)
+    p = Parser(description="Train a detector. Without --student: the demonstration.", formatter_class=Defaults)
     for fill in (data_flags, model_flags, distillation_flags, training_flags, output_flags):
         fill(partial(add_flag, p.add_argument_group(fill.__name__.removesuffix("_flags"))))
     device_flags(p.add_argument_group("device"))
@@ -51,8 +50,7 @@ def data_flags(add):
     add("--data-path", "folder with VOCdevkit/, JPEGImages/ or annotations/", default="data", metavar="DIR")
     for part, use in (("train", "train"), ("val", "test")):
         add(f"--{part}-json", f"coco: annotation file to {use} on, instead of --data-path's", metavar="FILE")
-        text = f"coco: folder of images to {use} on (default: that of --{part}-json, or --data-path's)"
-        add(f"--{part}-images", text, metavar="DIR")
+        add(f"--{part}-images", f"coco: images to {use} on (default: beside --{part}-json)", metavar="DIR")
     add("--exif", "turn images as EXIF says; auto: if their annotations fit", choices=EXIF, default="auto")
     add("--keep-empty", "coco: train on images without boxes too", action="store_true")
     add("--voc-years", "train on trainval, test on test", nargs="+", default=["2007"], metavar="YEAR")
@@ -69,17 +67,15 @@ def model_flags(add):
     names = f"{', '.join(BACKBONES)} or timm/NAME"
     add("--student", f"backbone of the detector to train: {names}", type=backbone, metavar="BACKBONE")
     add("--teacher", "backbone of the teacher; none: train the student plainly", type=backbone, metavar="BACKBONE")
-    text = "checkpoint of the teacher; coco: torchvision's r50 trained on COCO; none: train it first, once"
-    add("--teacher-weights", text, metavar="FILE")
+    add("--teacher-weights", "its checkpoint (default: trained first); coco: torchvision's r50", metavar="FILE")
     add("--teacher-epochs", "of a teacher that is trained first; 0: the student's", type=count, default=0, metavar="N")
     add("--student-weights", "checkpoint that the student starts from", metavar="FILE")
     add("--detector", "of teacher and student", choices=DETECTORS, default="faster-rcnn")
-    text = "imagenet, none, FILE (a classifier's state dict), or DIR that holds r50.pth or timm's NAME.pth"
+    text = "imagenet, none (from scratch), FILE (a classifier's state dict), DIR with r50.pth or timm's NAME.pth"
     add("--backbone-weights", text, metavar="WHICH")
-    text = "stages of five that train, from the last (default: 3, or 5 with --backbone-weights none)"
-    add("--trainable-layers", text, type=number(int, 0, "a whole number from 0 to 5", 5), metavar="N")
-    text = "normalisation of pyramid and RetinaNet's head (default: none, or batch with --backbone-weights none)"
-    add("--pyramid-norm", text, choices=PYRAMID_NORMS)
+    text = "stages of five that train, from the last (default: 3; from scratch: 5)"
+    add("--trainable-layers", text, type=int, choices=range(6), metavar="N")
+    add("--pyramid-norm", "of pyramid and RetinaNet's head (default: none; from scratch: batch)", choices=PYRAMID_NORMS)
     add("--sync-bn", "trained batch norm over the images of all GPUs, not of each", action="store_true")
     add("--fpn-channels", "width of the pyramid", type=positive, metavar="N")
     add("--head-channels", "width of the box head", type=positive, metavar="N")
@@ -102,12 +98,10 @@ def distillation_flags(add):
     text = "what L_backbone is divided by: the teacher's energy under the mask, or the mask's cells (the paper's)"
     add("--backbone-norm", text, choices=BACKBONE_NORMS, default=d.backbone_norm)
     add("--cls-gate", "soft labels of all positives, or where teacher is better", choices=CLS_GATES, default=d.cls_gate)
-    text = "regions whose soft labels are imitated; all: background too, as Chen et al. 2017"
-    add("--soft-labels", text, choices=SOFT_LABELS, default=d.soft_labels)
+    add("--soft-labels", "of these regions; all: as Chen et al. 2017", choices=SOFT_LABELS, default=d.soft_labels)
     add("--reg-gate", "what the teacher's box must beat", choices=REG_GATES, default=d.reg_gate)
     add("--proposals", "whose regions both models' heads run on", choices=PROPOSALS, default=d.proposals)
-    text = "each model's head runs on its own proposals; those nearest to a ground-truth box are compared"
-    add("--no-sharing", text, action="store_true")
+    add("--no-sharing", "compare each model's own proposals, those nearest to a box", action="store_true")
     add("--decay", "of the distillation weight over the run", choices=DECAYS, default="linear")
     add("--no-decay", "as --decay none", action="store_const", const="none", dest="decay", default=SUPPRESS)
     add("--decay-end", "part of the run after which nothing of the teacher is computed", type=up_to_1, metavar="PART")
@@ -143,8 +137,7 @@ def parse(argv=None):
     p = parser()
     args = p.parse_args(argv)
     args.dataset = args.dataset or TABLE_DATASETS.get(args.table, "shapes")
-    if args.table == "retinanet":
-        args.detector = "retinanet"
+    args.detector = "retinanet" if args.table == "retinanet" else args.detector
     recipe = dict(RECIPES[args.recipe or args.dataset])
     if args.detector == "retinanet":  # its pyramid starts at twice the stride; torchvision's own rate is half as high
         recipe["anchor_scale"] //= 2
@@ -172,7 +165,6 @@ def contradiction(args):
     """Which flags, taken together, would train something else than they say: a line, or None."""
     usual = {**vars(parser().parse_args([])), **RECIPES[args.recipe or args.dataset]}
     usual["weight_backbone"] = usual_backbone_weight(args)
-
     off = [f"--no-{level}" for level in LEVELS if getattr(args, f"no_{level}")]
 
     def given(names):
@@ -182,7 +174,7 @@ def contradiction(args):
     needs_student = args.teacher or args.teacher_weights or args.dataset != "shapes"
     other_regions = args.detector == "retinanet" and (args.no_sharing or args.proposals != "student")
     all_regions, (low, high) = args.soft_labels == "all", args.size
-    for wrong, why in (
+    rules = (
         (needs_student and not (args.student or args.table or args.check_data), "--student BACKBONE is missing"),
         (args.teacher_weights and args.student and not args.teacher, "--teacher-weights needs --teacher BACKBONE"),
         (args.teacher_weights and args.teacher_epochs, "--teacher-epochs: --teacher-weights is trained already"),
@@ -196,10 +188,8 @@ def contradiction(args):
         (args.no_sharing and args.proposals != "student", "--no-sharing contradicts --proposals"),
         (args.no_sharing and all_regions, "--no-sharing compares positive regions only: not with --soft-labels all"),
         (all_regions and args.cls_gate == "better", "--cls-gate better: a background region has no true class"),
-    ):
-        if wrong:
-            return why
-    return None
+    )
+    return next((why for wrong, why in rules if wrong), None)
 
 
 def usual_backbone_weight(args):
@@ -214,12 +204,10 @@ def distillation_settings(args):
 
 def build_of(args, backbone, num_classes):
     """The arguments of build_detector that make the detector of the flags."""
-    return {
-        **{"detector": args.detector, "backbone": backbone, "num_classes": num_classes},
-        **{"norm": "batch" if args.backbone_weights == "none" else "frozen"},
-        **{"min_size": args.size[0], "max_size": args.size[1]},
-        **{name: getattr(args, name) for name in BUILD},
-    }
+    build = {"detector": args.detector, "backbone": backbone, "num_classes": num_classes}
+    build["norm"] = "batch" if args.backbone_weights == "none" else "frozen"
+    build["min_size"], build["max_size"] = args.size
+    return {**build, **{name: getattr(args, name) for name in BUILD}}
 
 
 def backbone(word):

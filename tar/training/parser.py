@@ -1,8 +1,8 @@
 """Argparse with errors of one line, kinds of numbers that flags take, and the flags that all programs have."""
 
 import argparse
+import contextlib
 import os
-from difflib import get_close_matches
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -14,7 +14,7 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and that knows the nearest right name of a flag that does not exist."""
+    """A parser whose errors are one line."""
 
     def parse_args(self, args=None, namespace=None):
         given = super().parse_args(args, namespace)
@@ -24,9 +24,6 @@ class Parser(argparse.ArgumentParser):
         return given
 
     def error(self, message):
-        if message.startswith("unrecognized arguments: --"):
-            near = get_close_matches(message.split()[2].split("=")[0], self._option_string_actions, 1, 0.75)
-            message += "".join(f"; did you mean {flag}?" for flag in near)
         first = os.environ.get("RANK", "0") == "0"  # of several processes
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n" if first else None)
 
@@ -35,13 +32,10 @@ def number(kind, least, text, most=2**31 - 1):
     """A type of argparse: int or float from least to most, `text` in its error."""
 
     def convert(word):
-        try:
-            value = kind(word)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{word!r} is not {text}")
-        return value
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(word)) <= most:
+                return value
+        raise argparse.ArgumentTypeError(f"{word!r} is not {text}")
 
     return convert
 
@@ -55,8 +49,8 @@ up_to_1 = number(float, 1e-9, "a number above 0 and up to 1", 1.0)
 
 def device_flags(group, amp="auto"):
     """Adds --device, --threads and --amp, with its default, to a parser or a group of one."""
-    group.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
-    text = "CPU threads a process; 0: torch's choice"
-    group.add_argument("--threads", type=count, default=0, metavar="N", help=text)
+    add = group.add_argument
+    add("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
+    add("--threads", type=count, default=0, metavar="N", help="CPU threads a process; 0: torch's choice")
     text = "precision of the convolutions; auto: bf16 where the processor has it"
-    group.add_argument("--amp", choices=("auto", "bf16", "fp16", "none"), default=amp, help=text)
+    add("--amp", choices=("auto", "bf16", "fp16", "none"), default=amp, help=text)

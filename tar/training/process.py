@@ -72,10 +72,7 @@ class Process:
 
     def any_process(self, flag):
         """Whether a flag is set in any process."""
-        flag = torch.tensor(float(flag))
-        if self.world > 1:
-            dist.all_reduce(flag, group=self.control)
-        return flag.item() > 0
+        return any(self.gathered(flag))
 
     def on_main(self, call, *args, **kwargs):
         """A call by rank 0 only, which all others wait for. Returns its value on rank 0; its UserError rises on all."""

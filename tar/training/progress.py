@@ -12,13 +12,13 @@ class Progress:
 
     def __init__(self, process, title, epochs, steps, images):
         self.process, self.title, self.epochs, self.steps, self.images = process, title, epochs, steps, images
-        self.bar, self.said = None, time.monotonic()
-        self.rate = 0.0  # images per second, as last logged in this epoch
+        self.said = time.monotonic()
 
     def epoch(self, loader, number, done):
         """An epoch's batches, number from 1, with a bar where there is a terminal; so many batches are done already."""
-        self.rate, self.since, self.logged = 0.0, time.perf_counter(), done
-        self.began, self.first = self.since, done
+        self.rate = 0.0  # images per second, as last logged in this epoch
+        self.began = self.since = time.perf_counter()
+        self.first = self.logged = done
         self.bar = self.process.progress(f"{self.title} {number}/{self.epochs}")(loader)
         return self.bar
 

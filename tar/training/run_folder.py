@@ -41,9 +41,8 @@ def run_name(args, process):
     """A folder's name made of the settings: readable in front, a digest of all of them behind."""
     where = Path(args.train_json).parent if args.train_json else Path(args.data_path)
     data = args.dataset if args.dataset == "shapes" else where.resolve().name
-    model = f"{args.student}-tar-{args.teacher}" if args.teacher else args.student
+    model = (f"{args.student}-tar-{args.teacher}" if args.teacher else args.student).replace("timm/", "")
     digest = hashlib.sha256(json.dumps(settings_of(args, process), sort_keys=True).encode()).hexdigest()[:6]
-    model = model.replace("timm/", "")
     return f"{data}-{args.detector}-{model}-{args.epochs}e-seed{args.seed}-{digest}"
 
 
@@ -53,8 +52,7 @@ def finished_result(output, settings):
     if not config.is_file():
         return None
     before = read_json(config)
-    if not isinstance(before, dict):
-        raise UserError(f"{config}: holds no settings of a run; give another --output, or remove it")
+    before = before if isinstance(before, dict) else {}
     other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
     if other:
         shown = ", ".join(f"{k} {before.get(k)} (now {settings.get(k)})" for k in other[:3])
@@ -63,22 +61,22 @@ def finished_result(output, settings):
 
 
 def checkpoint_to_resume(output, settings, say):
-    """The newest sound checkpoint of a folder, last.pth or the one before it; None if there is none.
+    """The newest sound checkpoint of a folder, or None; `say` prints a line if last.pth could not be used.
 
-    say: prints a line, if last.pth could not be used. UserError: no sound one is there, or it is of other settings.
+    UserError: no sound one is there, or it is of other settings.
     """
-    last, previous = output / "last.pth", output / checkpoint.PREVIOUS
-    if not last.is_file() and not previous.is_file():
+    files = [file for file in (output / "last.pth", output / checkpoint.PREVIOUS) if file.is_file()]
+    if not files:
         return None
     try:
-        saved = checkpoint.load(last if last.is_file() else previous)
+        saved = checkpoint.load(files[0])
     except UserError as error:
-        if not (last.is_file() and previous.is_file()):
+        if len(files) == 1:
             raise UserError(f"{error}; remove it to start the run anew") from error
-        saved = checkpoint.load(previous)
-        say(f"{error}: going on from {previous}")
+        saved = checkpoint.load(files[1])
+        say(f"{error}: going on from {files[1]}")
     if saved["settings"] != settings:
-        raise UserError(f"{last}: of a run of other settings; give another --output, or remove it")
+        raise UserError(f"{files[0]}: of a run of other settings; give another --output, or remove it")
     return saved
 
 

@@ -40,13 +40,9 @@ def drawn():
     return {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in state.items()}
 
 
-@pytest.fixture
-def file(drawn, tmp_path):
-    torch.save(drawn, tmp_path / "r10.pth")
-    return tmp_path / "r10.pth"
-
-
-def test_fresh_and_loaded_backbones_have_their_norm_and_trained_stages(drawn, file):
+def test_fresh_and_loaded_backbones_have_their_norm_and_trained_stages(drawn, tmp_path):
+    file = tmp_path / "r10.pth"
+    torch.save(drawn, file)
     fresh, loaded = detector(), detector(backbone_weights=str(file))
     assert norms(fresh) == {nn.BatchNorm2d} and norms(loaded) == {FrozenNorm}
     assert trainable(fresh) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
@@ -58,7 +54,7 @@ def test_fresh_and_loaded_backbones_have_their_norm_and_trained_stages(drawn, fi
     assert norms(chosen) == {FrozenNorm} and trainable(chosen) == set()
 
 
-@pytest.mark.parametrize("eps", [1e-5, 0.001, 0.0])
+@pytest.mark.parametrize("eps", [1e-5, 0.0])
 def test_frozen_norm_is_torchvisions_and_keeps_the_type(eps):
     torch.manual_seed(0)
     mine, theirs = FrozenNorm(6, eps=eps), FrozenBatchNorm2d(6, eps=eps)
@@ -73,9 +69,6 @@ def test_frozen_norm_is_torchvisions_and_keeps_the_type(eps):
     coarse = mine(x.bfloat16())
     assert coarse.dtype == torch.bfloat16 and torch.allclose(coarse.float(), b, rtol=0.02, atol=0.02)
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in mine.train().state_dict().items())
-
-
-# Files of weights, and downloads
 
 
 @pytest.mark.parametrize("classes", [None, 7], ids=["no classifier", "classifier of 7 classes"])
@@ -96,15 +89,14 @@ def test_imagenet_weights_are_torchvisions_first(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("build", "file", "ways"),
+    ("build", "file", "way"),
     [
-        (lambda: build_classifier("r18", "imagenet"), "resnet18-f37072fd.pth", ("--backbone-weights none", "FILE")),
-        (lambda: build_coco_teacher("faster-rcnn", ["dog"]), "258fb6c6.pth", ("--teacher-weights FILE",)),
-        (lambda: build_coco_teacher("retinanet", ["dog"]), "eeacb38b.pth", ("--teacher-weights FILE",)),
+        (lambda: build_classifier("r18", "imagenet"), "resnet18-f37072fd.pth", "--backbone-weights none"),
+        (lambda: build_coco_teacher("retinanet", ["dog"]), "eeacb38b.pth", "--teacher-weights FILE"),
     ],
 )
 @pytest.mark.parametrize("error", [URLError("no route\nto host"), RuntimeError("invalid hash value")])
-def test_weights_that_cannot_be_downloaded_are_refused_with_a_way_out(monkeypatch, build, file, ways, error):
+def test_weights_that_cannot_be_downloaded_are_refused_with_a_way_out(monkeypatch, build, file, way, error):
     def fail(*args, **kwargs):
         raise error
 
@@ -112,19 +104,13 @@ def test_weights_that_cannot_be_downloaded_are_refused_with_a_way_out(monkeypatc
     with pytest.raises(UserError) as refusal:
         build()
     message = str(refusal.value)
-    assert "\n" not in message and " ".join(str(error).split()) in message and all(way in message for way in ways)
+    assert "\n" not in message and " ".join(str(error).split()) in message and way in message
     assert message.count(file) == 2 and f"{torch.hub.get_dir()}/checkpoints" in message  # the address, and the place
-
-
-def test_there_are_no_imagenet_weights_for_r10():
-    with pytest.raises(UserError, match=r"r10.*--backbone-weights none"):
-        build_classifier("r10", "imagenet")
 
 
 WRONG = {  # what is wrong with a file of weights, and how to write it
     "missing": lambda path, state: None,
     "text": lambda path, state: path.write_text("hello world\n"),
-    "empty": lambda path, state: path.write_bytes(b""),
     "truncated": lambda path, state: torch.save(state, path) or path.write_bytes(path.read_bytes()[:5000]),
     "another network": lambda path, state: torch.save({k: v for k, v in state.items() if "layer4" not in k}, path),
     "a list": lambda path, state: torch.save([torch.zeros(1)], path),
@@ -138,9 +124,6 @@ def test_a_wrong_file_of_weights_is_refused_by_name(drawn, tmp_path, write):
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "r10.pth"))) as error:
         build_classifier("r10", str(tmp_path / "r10.pth"))
     assert "\n" not in str(error.value)
-
-
-# MobileNet
 
 
 @pytest.fixture(scope="module")

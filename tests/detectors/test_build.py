@@ -38,24 +38,18 @@ def test_a_students_state_dict_loads_into_torchvisions_own_detector():
     torch.testing.assert_close(mine["boxes"], its["boxes"], rtol=1e-3, atol=0.1)
 
 
-# The pyramid and the anchors
-
-
 NARROW, WIDE, MOBILENET = [64, 128, 256, 512], [256, 512, 1024, 2048], [24, 40, 112, 960]
-STAGES = {  # blocks and channels
-    **{"r10": ([1, 1, 1, 1], NARROW), "r18": ([2, 2, 2, 2], NARROW), "r34": ([3, 4, 6, 3], NARROW)},
-    **{"r50": ([3, 4, 6, 3], WIDE), "r101": ([3, 4, 23, 3], WIDE), "r152": ([3, 8, 36, 3], WIDE)},
-    "mobilenet_v3_large": (None, MOBILENET),
-}
+BLOCKS = {"r10": [1, 1, 1, 1], "r18": [2, 2, 2, 2], "r34": [3, 4, 6, 3]}
+BLOCKS |= {"r50": [3, 4, 6, 3], "r101": [3, 4, 23, 3], "r152": [3, 8, 36, 3]}
 
 
-def test_every_backbone_has_the_stages_of_its_name():
-    assert list(BACKBONES) == list(STAGES)
-    for backbone, (blocks, channels) in STAGES.items():
+def test_every_resnet_has_the_stages_of_its_name():
+    assert list(BACKBONES) == [*BLOCKS, "mobilenet_v3_large"]
+    for backbone, blocks in BLOCKS.items():
         with torch.device("meta"):
             body, _, widths = stages_of(build_classifier(backbone))
-        assert widths == channels
-        assert blocks is None or [len(body.get_submodule(f"layer{i}")) for i in range(1, 5)] == blocks
+        assert [len(body.get_submodule(f"layer{i}")) for i in range(1, 5)] == blocks
+        assert widths == (NARROW if backbone in ("r10", "r18", "r34") else WIDE)
 
 
 @pytest.mark.parametrize(("backbone", "widths"), [("r10", NARROW), ("mobilenet_v3_large", MOBILENET)])
@@ -80,9 +74,6 @@ def test_faster_rcnns_anchors_are_scale_times_stride_wide_in_three_shapes():
         areas = sides.prod(1) / (4 * stride) ** 2
         assert areas.tolist() == pytest.approx([1, 1, 1], rel=0.1)  # torchvision rounds corners to whole pixels
         assert (sides[:, 1] / sides[:, 0]).tolist() == pytest.approx([0.5, 1, 2], rel=0.1)
-
-
-# Options
 
 
 @pytest.mark.parametrize(("training", "kept"), [(True, 50), (False, 20)])
@@ -112,15 +103,14 @@ def test_the_norms_of_backbone_pyramid_and_retinanets_head(norm, channels, group
 def test_unknown_names_are_refused_with_those_there_are():
     with pytest.raises(UserError, match=r"'r11'.*r10, r18"):
         build_detector("faster-rcnn", "r11", 3)
+    with pytest.raises(UserError, match=r"r10.*--backbone-weights none"):  # ImageNet's
+        build_classifier("r10", "imagenet")
     with pytest.raises(UserError, match=r"'yolo'.*faster-rcnn"):
         build_detector("yolo", "r10", 3)
 
 
-# Under autocast the convolutions compute in bfloat16; whatever is handed on is float32
-
-
 @both_detectors
-def test_features_outputs_and_losses_leave_as_float32(kind):
+def test_features_outputs_and_losses_of_bfloat16_convolutions_leave_as_float32(kind):
     student, computed = pair(kind)[0], []
     if kind == "retinanet":
         parts = student.head.classification_head.cls_logits, student.head.regression_head.bbox_reg

@@ -8,6 +8,7 @@ from tar.detectors.roi_align import PyramidRoIAlign
 
 NAMES, STRIDES, SHAPES = ("a", "b", "c", "d"), (4, 8, 16, 32), [(128, 192), (120, 160)]
 SCALE = 32  # regions of 8 to 128 pixels meet all four levels
+NONE = torch.zeros(0, 4)
 
 
 def random_regions(seed, count=60):
@@ -18,51 +19,31 @@ def random_regions(seed, count=60):
     return torch.cat([centre - half, centre + half], 1)
 
 
-ODD = torch.tensor(
-    [
-        [10.0, 10.0, 10.0, 10.0],  # no area
-        [10.0, 10.0, 10.0, 50.0],
-        [30.1, 40.2, 30.3, 40.3],  # far smaller than a cell
-        [0.0, 0.0, 192.0, 128.0],  # the whole image
-        [-500.0, -400.0, -300.0, -200.0],  # outside
-        [150.0, 100.0, 400.0, 300.0],  # mostly outside
-        [-90.0, 20.0, 60.0, 90.0],
-        [64.0, 32.0, 80.0, 48.0],  # exactly where a level begins
-        [64.0, 32.0, 96.0, 64.0],
-        [64.0, 32.0, 128.0, 96.0],
-    ],
-    dtype=torch.float64,
-)
+ODD = [[10.0, 10, 10, 10], [10, 10, 10, 50], [30.1, 40.2, 30.3, 40.3]]  # no area, far smaller than a cell
+ODD += [[0, 0, 192, 128], [-500, -400, -300, -200], [150, 100, 400, 300], [-90, 20, 60, 90]]  # whole image, outside
+ODD += [[64, 32, 80, 48], [64, 32, 96, 64], [64, 32, 128, 96]]  # exactly where a level begins
+ODD = torch.tensor(ODD, dtype=torch.float64)
 
 
-def features(dtype=torch.float64, channels=3):
-    g = torch.Generator().manual_seed(0)
-    sizes = [(128 // s, 192 // s) for s in STRIDES]
-    return {
-        name: torch.randn(2, channels, *size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-        for name, size in zip(NAMES, sizes, strict=True)
-    }
-
-
-def pooled(pool, regions, dtype=torch.float64):
+def pooled(pool, regions, dtype):
     """Values, and the gradients of a random linear function of them by level."""
-    x = features(dtype)
+    torch.manual_seed(0)
+    levels = [torch.randn(2, 3, 128 // s, 192 // s, dtype=torch.float64).to(dtype) for s in STRIDES]
+    x = {name: level.requires_grad_() for name, level in zip(NAMES, levels, strict=True)}
     out = pool(x, [r.to(dtype) for r in regions], SHAPES)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    (out * weight).sum().backward()
-    return out.detach(), [level.grad for level in x.values()]
+    (out * torch.randn(out.shape, dtype=torch.float64).to(dtype)).sum().backward()
+    return out.detach(), [level.grad for level in levels]
 
 
 @pytest.mark.parametrize(("samples", "dtype", "within"), [(1, torch.float64, 1e-9), (2, torch.float32, 1e-3)])
 @pytest.mark.parametrize(
     "regions",
     [
-        pytest.param([random_regions(1), random_regions(2)], id="random"),
-        pytest.param([ODD, ODD.flip(0)], id="odd"),
-        pytest.param([random_regions(3), torch.zeros(0, 4)], id="second image without regions"),
-        pytest.param([torch.zeros(0, 4), random_regions(4)], id="first image without regions"),
-        pytest.param([torch.zeros(0, 4), torch.zeros(0, 4)], id="no regions"),
+        [random_regions(1), random_regions(2)],
+        [ODD, ODD.flip(0)],
+        *([random_regions(3), NONE], [NONE, random_regions(4)], [NONE, NONE]),
     ],
+    ids=["random", "odd", "none in the second image", "none in the first", "none"],
 )
 def test_values_and_gradients_are_torchvisions(regions, samples, dtype, within):
     ours = pooled(PyramidRoIAlign(NAMES, STRIDES, sampling_ratio=samples, canonical_scale=SCALE), regions, dtype)

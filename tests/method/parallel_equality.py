@@ -3,12 +3,10 @@
     PYTHONPATH=. python tests/method/parallel_equality.py [--processes 1 2 4]
 
 Prints the largest relative difference, |g_N - g_1| / |g_1| over all parameters, for every loss term of both detectors
-and for three batches of four images of one size (a batch is padded to its own largest image, so that a small one among
-large ones sees another border). Region sampling is made fixed: the first regions of each kind instead of random ones.
-Every image has as many regions as are asked for, because torchvision's losses are means over them, and DDP averages
-means; the number of positives differs from image to image. All is computed in double precision: in single, a sum in
-another order lets a unit near zero be on or off, and that is a difference as large as a mistake. Batch norm is frozen,
-as with ImageNet weights.
+and for three batches of four images of one size (images of several sizes are padded to the largest of their process).
+Region sampling takes the first regions of each kind instead of random ones; every image has as many regions as are
+asked for (torchvision's losses are means over them), and another number of positives. The precision is double: in
+single, a sum in another order lets a unit near zero be on or off. Batch norm is frozen, as with ImageNet weights.
 """
 
 import argparse
@@ -23,6 +21,7 @@ from tar.detectors.build import build_detector
 from tar.method.step import DistillationSettings, DistillationStep
 
 SMALL = {"min_size": 64, "max_size": 64, "anchor_scale": 4, "rois": 64, "rpn_top_n": (400, 100), "head_channels": 32}
+SMALL |= {"norm": "frozen", "trainable_layers": 1}
 DETECTORS = ("faster-rcnn", "retinanet")
 BOXES = [
     [[4.0, 4, 30, 30], [20, 24, 60, 60]],
@@ -37,35 +36,13 @@ BATCHES = {  # which of the four images have boxes
 }
 
 
-class First:
-    """Torchvision's balanced sampler with the first regions of each kind in the place of random ones."""
-
-    def __init__(self, sampler):
-        self.batch_size_per_image, self.positive_fraction = sampler.batch_size_per_image, sampler.positive_fraction
-
-    def __call__(self, matched):
-        pairs = []
-        for labels in matched:
-            positive, negative = (labels >= 1).nonzero().flatten(), (labels == 0).nonzero().flatten()
-            positive = positive[: int(self.batch_size_per_image * self.positive_fraction)]
-            negative = negative[: self.batch_size_per_image - len(positive)]
-            assert len(positive) + len(negative) == self.batch_size_per_image
-            pairs.append([torch.zeros_like(labels, dtype=torch.uint8) for _ in range(2)])
-            pairs[-1][0][positive], pairs[-1][1][negative] = 1, 1
-        return tuple(map(list, zip(*pairs, strict=True)))
-
-
 @cache
 def build(kind):
     """A step and its teacher. The stages that do not train would only make every backward longer."""
     models = []
     for seed, width in enumerate((16, 24)):
         torch.manual_seed(seed)
-        model = build_detector(kind, "r10", 3, norm="frozen", trainable_layers=1, fpn_channels=width, **SMALL)
-        if kind == "faster-rcnn":
-            for part in (model.rpn, model.roi_heads):
-                part.fg_bg_sampler = First(part.fg_bg_sampler)
-        models.append(model)
+        models.append(build_detector(kind, "r10", 3, fpn_channels=width, **SMALL))
     student, teacher = models
     torch.manual_seed(2)
     settings = DistillationSettings(weight_backbone=1.0, weight_cls=1.0, weight_reg=1.0, reg_gate="none")
@@ -93,8 +70,7 @@ def gradients(kind, has_boxes, rank, world):
     for name, term in {**detection, **distillation}.items():
         whole = [torch.zeros_like(p) for p in trained]
         if term.requires_grad:
-            gradient = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
-            whole = [w if g is None else g for w, g in zip(whole, gradient, strict=True)]
+            whole = torch.autograd.grad(term, trained, retain_graph=True, materialize_grads=True)
         found[name] = torch.cat([g.flatten() for g in whole])
         if world > 1:  # as DDP does
             dist.all_reduce(found[name])
@@ -112,9 +88,8 @@ def work(rank, processes, folder, batches):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double
-    for world in processes:
-        if rank >= world:
-            continue
+    torch.randperm = torch.arange  # so torchvision's sampler takes the first regions
+    for world in [size for size in processes if size > rank]:
         if world > 1:
             where = {"init_method": f"file://{folder}/meet{world}", "rank": rank, "world_size": world}
             dist.init_process_group("gloo", **where)

@@ -4,10 +4,9 @@
     PYTHONPATH=. python tests/method/sgd_stability.py --print FILE.json
 
 ImageNet's ResNets may be out of reach, so stand-ins take their place: random weights whose batch norm is calibrated on
-photographs, so that the stages' outputs have a trained network's size (root mean square 0.35 to 0.44). They know
-nothing of images: good for stability, useless for accuracy. r101 teaches r50, 256 channels, no norm in the pyramid,
-images of 160 x 213 pixels, batch 2; the learning rate is reached after 50 of 150 steps. A teacher is trained in the
-same way before, one for each detector and each size of the features. A run that FILE.json holds is not run again.
+photographs, so that the stages' outputs have a trained network's size (root mean square 0.35 to 0.44). r101 teaches
+r50, 256 channels, no norm in the pyramid, images of 160 x 213 pixels, batch 2; the learning rate is reached after 50 of
+150 steps. A teacher is trained before, one for each detector and size of features. Runs of FILE.json are not repeated.
 """
 
 import argparse
@@ -16,6 +15,7 @@ import json
 import math
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as v2
 from tar.data.datasets import load_dataset
 from tar.data.loader import make_loader, to_device, train_batches
 from tar.detectors.backbones import build_classifier
-from tar.detectors.build import build_detector
+from tar.detectors.build import DETECTORS, build_detector
 from tar.evaluation.markdown import markdown
 from tar.method.step import DistillationStep
 from tar.training import checkpoint
@@ -41,11 +41,9 @@ ALONE = Process(0, 1, torch.device("cpu"), "none")
 
 @torch.no_grad()
 def stand_in(name, images, scale=1.0, seed=1):
-    """The state dict of a ResNet with calibrated batch norm, on the CPU.
+    """The state dict of a ResNet with calibrated batch norm, on the CPU; its outputs are `scale` times as large.
 
-    Args:
-        images: float [B, 3, H, W] in 0..1, on any device; normalised here as a detector does.
-        scale: the last norm of every block and shortcut is multiplied by it, and so are the stages' outputs.
+    images: float [B, 3, H, W] in 0..1, on any device; normalised here as a detector does.
     """
     torch.manual_seed(seed)
     network = build_classifier(name)
@@ -63,14 +61,8 @@ def stand_in(name, images, scale=1.0, seed=1):
 
 def settings():
     """All runs, teachers aside: (detector, learning rate, scale of the features, seed, distilled)."""
-    grid = [
-        (d, lr, s, seed)
-        for seed in range(3)
-        for s in (1, 3)
-        for lr in (0.02, 0.01)
-        for d in ("faster-rcnn", "retinanet")
-    ]
-    grid += [(d, 0.02, s, 0) for s in (0.3, 10) for d in ("faster-rcnn", "retinanet")]
+    grid = [(d, lr, s, seed) for seed, s, lr, d in product(range(3), (1, 3), (0.02, 0.01), DETECTORS)]
+    grid += [(d, 0.02, s, 0) for s in (0.3, 10) for d in DETECTORS]
     return [(*one, distilled) for one in grid for distilled in (False, True)]
 
 
@@ -86,9 +78,8 @@ def flags_of(detector, data_path, *more):
 def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP, process=ALONE):
     """Trains for some steps; SGD and the clip as the recipe has them, the distillation at full weight.
 
-    Returns:
-        dict of lists, one entry a step: detection (loss), norm (of the gradient, before the clip), bad (not finite),
-        and one for each distillation term.
+    Returns lists with an entry a step: detection (loss), norm (of the gradient, before the clip), bad (not finite), and
+    one for each distillation term.
     """
     parameters = [p for p in step.parameters() if p.requires_grad]
     options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}

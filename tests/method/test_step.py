@@ -3,28 +3,12 @@
 import pytest
 import torch
 from by_hand import ByHand, compared_by_hand
-from small_detectors import (
-    BACKBONE,
-    CLS,
-    KINDS,
-    LOSSES,
-    REG,
-    batch,
-    gradients,
-    make_step,
-    pair,
-    reached,
-    run,
-    same,
-)
+from small_detectors import BACKBONE, CLS, KINDS, LOSSES, REG, batch, gradients, make_step, pair, reached, run, same
 
 from tar.method.step import DistillationStep
 
 LEVELS = {"weight_backbone": BACKBONE, "weight_cls": CLS, "weight_reg": REG}
 both_detectors = pytest.mark.parametrize("kind", KINDS)
-
-
-# The detection losses
 
 
 @both_detectors
@@ -35,10 +19,8 @@ def test_detection_losses_and_gradients_are_torchvisions_to_the_bit(kind):
     if kind == "faster-rcnn":
         others = [{"proposals": "both"}, {"no_sharing": True}]
     others = [(make_step(student, teacher, **settings), teacher) for settings in others]
-    for (images, targets), ways in (
-        (batch(), [(plain, None), (off, teacher), *others]),
-        (batch(boxless=[1]), [(on, None), (on, teacher)]),
-    ):
+    ways_with_boxes = [(plain, None), (off, teacher), *others]
+    for (images, targets), ways in ((batch(), ways_with_boxes), (batch(boxless=[1]), [(on, None), (on, teacher)])):
         torch.manual_seed(5)
         theirs = student(images, targets)
         expected = torch.autograd.grad(sum(theirs.values()), list(student.parameters()))
@@ -48,9 +30,6 @@ def test_detection_losses_and_gradients_are_torchvisions_to_the_bit(kind):
             assert detection.keys() == LOSSES[kind] and same(detection, theirs)
             assert all(map(torch.equal, found, expected))
             assert distillation.keys() == (set(LEVELS.values()) if step is not off and asked else set())
-
-
-# Where gradients go
 
 
 @both_detectors
@@ -86,9 +65,6 @@ def test_each_distillation_term_trains_its_own_part(kind):
         assert not any(part in name for name in got for part in spares)
 
 
-# What of the teacher runs
-
-
 @both_detectors
 def test_the_teacher_runs_its_backbone_and_head_once_and_nothing_else(kind, monkeypatch):
     student, teacher = pair(kind)
@@ -105,20 +81,12 @@ def test_the_teacher_runs_its_backbone_and_head_once_and_nothing_else(kind, monk
     calls = []
     for part in (teacher.backbone, *heads):
         part.register_forward_hook(lambda module, *_: calls.append((module, torch.is_grad_enabled(), module.training)))
-    for off, ran in (
-        ((), heads),
-        (("weight_backbone",), heads),
-        (("weight_cls",), heads[-1:]),
-        (("weight_reg",), heads[:1]),
-        (("weight_cls", "weight_reg"), []),
-    ):
+    backbone, cls, reg = LEVELS
+    for off, ran in (((), heads), ((backbone,), heads), ((cls,), heads[-1:]), ((reg,), heads[:1]), ((cls, reg), [])):
         _, distillation, _ = run(make_step(student, teacher, **dict.fromkeys(off, 0)), batch(), teacher)
         assert distillation.keys() == {name for weight, name in LEVELS.items() if weight not in off}
         assert calls == [(part, False, False) for part in (teacher.backbone, *ran)]
         calls.clear()
-
-
-# The losses
 
 
 @pytest.mark.parametrize(
@@ -150,9 +118,6 @@ def test_soft_labels_on_all_regions_are_the_equation(kind):
     assert 5 < positives < regions / 2
 
 
-# Images without boxes
-
-
 @pytest.mark.parametrize("boxless", [(0,), (0, 1)])
 @pytest.mark.parametrize(
     ("kind", "settings"),
@@ -177,9 +142,6 @@ def test_images_without_boxes_give_finite_losses_and_gradients(kind, settings, b
     else:
         assert distillation[BACKBONE] == distillation[REG] == seen["positives"] == seen["gate_open"] == 0
         assert (distillation[CLS].item() > 0) == ("soft_labels" in settings)
-
-
-# Precision
 
 
 def test_bfloat16_is_near_float32(monkeypatch):

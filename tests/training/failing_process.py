@@ -3,9 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -18,34 +15,27 @@ ERRORS = {
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "fault": ZeroDivisionError("a fault of ours"),
 }
+kind, calls = sys.argv[1], []
+load, to_device = Shapes.load, train.to_device
 
 
-def after(number, original, act):
-    """A function that calls act() from its call of this number on."""
-    calls = []
-
-    def function(*args):
-        calls.append(1)
-        if len(calls) >= number:
-            act()
-        return original(*args)
-
-    return function
-
-
-def fail():
-    raise ERRORS[kind]
-
-
-def die():
-    if torch.utils.data.get_worker_info():
+def dying_load(*args):
+    calls.append(1)
+    if len(calls) >= 5 and torch.utils.data.get_worker_info():
         os.kill(os.getpid(), signal.SIGKILL)
+    return load(*args)
 
 
-kind = sys.argv[1]
+def failing_step(*args):
+    calls.append(1)
+    if len(calls) >= 2:
+        raise ERRORS[kind]
+    return to_device(*args)
+
+
 if os.environ["RANK"] == "1":
     if kind == "loader":
-        Shapes.load = after(5, Shapes.load, die)
+        Shapes.load = dying_load
     else:
-        train.to_device = after(2, train.to_device, fail)
+        train.to_device = failing_step
 train.main(sys.argv[2:])

@@ -102,8 +102,8 @@ def same(one, other):
 def inject(parent, flags, chosen, processes=1, say=print, unbroken=None):
     """Kills a run at each of the chosen points (see PROGRAM), in an empty folder, and lets it end.
 
-    unbroken: folder of a run that was not killed; None: done here. Returns for each point (point, starts of the command
-    that it took, whether it ended equal to the unbroken run).
+    unbroken: folder of a run that was not killed; None: trained here. Returns a row for each point: the point, the
+    starts of the command that it took, and whether the run ended equal to the unbroken one.
     """
     rows = []
     if unbroken is None:

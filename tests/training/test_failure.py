@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from beside import beside
 from tiny_runs import SMALL, TWO, command
 
@@ -53,13 +52,18 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(kind, failed):
     assert not of_run(output)
 
 
-def test_what_is_said_of_an_error():
-    assert in_one_line(UserError("a.jpg: broken")) == ("a.jpg: broken", 2)
-    assert in_one_line(Stopped("stopped", 15)) == ("stopped", 143)
-    text, code = in_one_line(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))
-    assert "--batch-size" in text and code == 2
-    assert "--size" in in_one_line(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))[0]
-    assert in_one_line(RuntimeError("a fault of ours")) == (None, 1)
-    assert in_one_line(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\na fault")) == (None, 1)
-    assert in_one_line(FileNotFoundError(2, "No such file or directory", "a")) == (None, 1)
-    assert in_one_line(PermissionError(13, "Permission denied", "a.jpg")) == ("a.jpg: Permission denied", 2)
+@pytest.mark.parametrize(
+    ("error", "says", "code"),
+    [
+        (UserError("a.jpg: broken"), "a.jpg: broken", 2),
+        (Stopped("stopped", 15), "stopped", 143),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--batch-size", 2),
+        (PermissionError(13, "Permission denied", "a.jpg"), "a.jpg: Permission denied", 2),
+        (RuntimeError("a fault of ours"), None, 1),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\na fault"), None, 1),
+        (FileNotFoundError(2, "No such file or directory", "a"), None, 1),
+    ],
+)
+def test_what_is_said_of_an_error(error, says, code):
+    line, given = in_one_line(error)
+    assert given == code and (says in line if says else line is None)

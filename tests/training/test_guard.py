@@ -7,8 +7,8 @@ from contextlib import redirect_stderr
 
 import pytest
 import torch
-from small_detectors import batch, make_step, pair
-from tiny_runs import STEPS, call, read_log, same_weights, weights_of
+from small_detectors import batch, make_step, pair, same
+from tiny_runs import STEPS, call, read_log, weights_of
 from torch import nn
 
 import train
@@ -34,10 +34,6 @@ def values_of(net):
     return {name: v.clone() for name, v in net.state_dict().items() if "num_batches" not in name}
 
 
-def equal(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def trained_on(optimizer, inputs):
     """Weights, statistics and optimizer state after a guarded step for each input; the guard."""
     net, optimizer, guard = guarded(optimizer)
@@ -58,7 +54,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(optimizer, where):
     bad = torch.full((4, 1, 4, 4), float("nan"))
     clean, _ = trained_on(optimizer, good)
     mixed, guard = trained_on(optimizer, [*good[:where], bad, bad, *good[where:]])
-    assert equal(mixed, clean)
+    assert same(mixed, clean)
     assert guard.total == 2 and guard.streak == (2 if where == 3 else 0)
 
 
@@ -71,7 +67,7 @@ def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradient_is(optimiz
     assert torch.isinf(loss)
     guard.scaler.scale(guard.poisoned(loss)).backward()
     assert guard.step(loss)[0] and guard.total == 1
-    assert equal(values_of(net), before)
+    assert same(values_of(net), before)
 
 
 def test_an_overflow_of_fp16_counts_only_where_the_scale_can_fall_no_further():
@@ -171,4 +167,4 @@ def test_a_run_that_bad_steps_ended_goes_on_from_a_finite_checkpoint(diverged, v
     saved = checkpoint.load(diverged.run / "last.pth")
     assert (saved["epoch"], saved["batch"]) == (1, 0) and is_finite(diverged.run)
     call(train.main, *diverged.flags)
-    assert len(read_log(diverged.run)[0]) == STEPS and same_weights(diverged.run, voc.run)
+    assert len(read_log(diverged.run)[0]) == STEPS and same(weights_of(diverged.run), weights_of(voc.run))

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_detectors import CLASSES, KINDS, pair, same, save
+from small_detectors import CLASSES, pair, same, save
 
 from tar import UserError
 from tar.detectors.build import build_detector
@@ -19,9 +19,8 @@ def file(tmp_path):
     return tmp_path / "last.pth"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_student_weights_are_loaded_whole(file, kind):
-    model, build = save(file, kind)
+def test_student_weights_are_loaded_whole(file):
+    model, build = save(file)
     torch.manual_seed(3)
     student = build_detector(**build)
     start_from(student, file, build, CLASSES)
@@ -34,14 +33,12 @@ def test_student_weights_are_loaded_whole(file, kind):
         ({}, ("disc", "square", "ball"), "other classes: without ball; besides bar"),
         ({}, CLASSES[::-1], "other classes: the same names in another order"),
         ({"backbone": "r18"}, CLASSES, "not the weights of this student.*'backbone': 'r10'"),
-        ({"detector": "retinanet"}, CLASSES, "not the weights of this student.*'detector': 'faster-rcnn'"),
     ],
 )
 def test_student_weights_of_another_student_are_refused_by_name(file, changes, classes, says):
     build = {**save(file)[1], **changes}
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=rf"^{file}: .*{says}.*$"):
         start_from(build_detector(**build), file, build, classes)
-    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
 
 
 def arguments(file, *flags):
@@ -66,25 +63,20 @@ def test_a_teacher_that_fits_is_read(file, kind, asked):
 )
 def test_a_teacher_that_does_not_fit_is_refused_by_name(file, saved, flags, classes, says):
     save(file, **{"backbone": "r18", **saved})
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=rf"^{file}: .*{says}.*$"):
         read_teacher(arguments(file, *flags.split()), classes)
-    assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("scale", [4, 3])
-def test_cocos_teacher_is_built_by_name(monkeypatch, scale):
-    asked, build = [], {"detector": "retinanet", "backbone": "r50", "anchor_scale": 4}
-    monkeypatch.setattr(
-        "tar.training.initial_weights.build_coco_teacher", lambda *given: asked.append(given) or ("teacher", build)
-    )
-    words = "--student r10 --teacher r50 --teacher-weights coco --detector retinanet --size 64 96 --anchor-scale"
-    args = parse([*words.split(), str(scale)])
-    if scale == 4:
-        assert read_teacher(args, CLASSES)[0] == "teacher"
-    else:
-        with pytest.raises(UserError, match=r"^coco: .*anchor.scale is 4, not 3$"):
-            read_teacher(args, CLASSES)
-    assert asked == [("retinanet", CLASSES, 64, 96)]
+def test_cocos_teacher_is_built_by_name(monkeypatch):
+    def build(*given):
+        assert given == ("retinanet", CLASSES, 64, 96)
+        return "teacher", {"detector": "retinanet", "backbone": "r50", "anchor_scale": 4}
+
+    monkeypatch.setattr("tar.training.initial_weights.build_coco_teacher", build)
+    flags = ["--teacher", "r50", "--detector", "retinanet", "--size", "64", "96", "--anchor-scale"]
+    assert read_teacher(arguments("coco", *flags, "4"), CLASSES)[0] == "teacher"
+    with pytest.raises(UserError, match=r"^coco: .*anchor.scale is 4, not 3$"):
+        read_teacher(arguments("coco", *flags, "3"), CLASSES)
 
 
 def test_a_teacher_that_is_cast_once_gives_the_same_numbers():

@@ -1,7 +1,4 @@
-"""A user's mistakes on the command line: one line that says what is wrong, exit code 2, nothing lost, nothing run.
-
-The corpus of bad input (tests/data/bad_input.py) has those of train.py's data, checkpoints and folders.
-"""
+"""A user's mistakes on the command line: one line that says what is wrong, exit code 2, nothing lost, nothing run."""
 
 import pytest
 import torch
@@ -12,22 +9,19 @@ import train
 from tar.training.process import set_up
 
 
-def wrong(capsys, main, *flags, code=2):
+def wrong(capsys, main, *flags):
     """The one line that a wrong command prints."""
     with pytest.raises(SystemExit) as stopped:
         call(main, *flags)
-    assert stopped.value.code == code
-    lines = capsys.readouterr().err.splitlines()
-    errors = [line for line in lines if "error:" in line]
-    assert len(errors) == 1 and errors[0] == lines[-1]
-    assert not any("Traceback" in line for line in lines)
-    return errors[0]
+    assert stopped.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("error:") == 1 and "Traceback" not in text
+    return text.splitlines()[-1]
 
 
-def test_a_missing_or_cut_checkpoint_to_evaluate(capsys, plain, tmp_path):
+def test_a_missing_checkpoint_and_a_folder_to_evaluate(capsys, tmp_path):
     assert "no such checkpoint" in wrong(capsys, evaluation.main, "--weights", tmp_path / "none.pth")
-    (tmp_path / "last.pth").write_bytes((plain.run / "last.pth").read_bytes()[:5000])
-    assert str(tmp_path / "last.pth") in wrong(capsys, evaluation.main, "--weights", tmp_path / "last.pth")
+    assert "Is a directory" in wrong(capsys, evaluation.main, "--weights", tmp_path)
 
 
 def test_a_run_folder_of_other_settings(capsys, plain):
@@ -51,15 +45,6 @@ def test_a_wrong_flag_does_not_occupy_the_run_folder(capsys, tmp_path):
     wrong(capsys, train.main, *flags, "--backbone-weights", tmp_path / "none.pth")
     call(train.main, *flags)
     assert (tmp_path / "run/result.json").is_file()
-
-
-def test_a_gpu_that_is_too_small(monkeypatch, tmp_path, capsys):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 8 GiB.\nSee manual.")
-
-    monkeypatch.setattr(train.DistillationStep, "forward", full)
-    line = wrong(capsys, train.main, *SMALL, "--student", "r10", "--output", tmp_path / "run")
-    assert "CUDA out of memory" in line and "--batch-size" in line
 
 
 def test_a_single_gpu_is_chosen_without_an_index(monkeypatch):

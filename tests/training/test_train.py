@@ -22,9 +22,6 @@ def config_of(run):
     return json.loads((run / "config.json").read_text())
 
 
-# A student alone
-
-
 def test_a_run_leaves_its_files_and_says_what_was_measured(plain):
     files = {"config.json", "log.jsonl", "last.pth", "previous.pth", "result.json"}
     assert {p.name for p in plain.run.iterdir()} == files
@@ -93,9 +90,6 @@ def test_a_backbone_from_a_file_keeps_its_batch_norm_and_first_layers(tmp_path, 
     kept = {name for name in start if torch.equal(trained.get(f"backbone.body.{name}", torch.empty(0)), start[name])}
     assert {name for name in start if "running" in name or name.startswith("conv1")} <= kept
     assert "layer4.0.conv1.weight" not in kept
-
-
-# A student and its teacher
 
 
 def test_the_teacher_is_trained_first_into_its_own_folder(voc):
