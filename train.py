@@ -56,13 +56,9 @@ def main(argv=None):
 def train_with_teacher(args, process, parent=None, name=None, title=None):
     """One student, plain or distilled; its teacher first, where the flags name one that is not trained yet.
 
-    Args:
-        parent: folder of the runs; default that of --output, or runs/.
-        name: of the run's folder; default --output's, or one made of the settings.
-        title: what the run is called while it trains; default its models.
-
-    Returns:
-        {title: result.json's dict} of the teacher, if it was trained here, and the student; the student's folder.
+    parent: folder of the runs; default that of --output, or runs/. name: of the run's folder; default --output's, or
+    one made of the settings. title: what the run is called while it trains; default its models.
+    Returns {title: result.json's dict} of the teacher, if it was trained here, and the student; the student's folder.
     """
     results = {}
     if parent is None:
@@ -111,13 +107,8 @@ def check_sources(args, process):
 def train(args, data, process, title):
     """One run, from the flags to result.json; goes on where an earlier one stopped, returns at once if it had ended.
 
-    Args:
-        args: flags with student and output set; with teacher, also teacher_weights.
-        data: the training and the test source.
-        title: what the run is called in what is printed.
-
-    Returns:
-        dict: what result.json holds.
+    args: flags with student and output set; with teacher, also teacher_weights. data: the training and the test source.
+    title: what the run is called in what is printed. Returns what result.json holds.
     """
     output, settings = Path(args.output), settings_of(args, process)
     result = process.shared(process.on_main(run_folder.finished_result, output, settings))
