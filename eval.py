@@ -2,7 +2,7 @@
 
     python eval.py --weights runs/demo/tar/last.pth
 
-README.md, "Look at the results", has a command for each.
+README.md, "Look at the results", has more commands.
 """
 
 import os

@@ -61,7 +61,8 @@ class Coco(Source):
         paths, moved = find_images(images["file_name"], folder, file)
         sizes = [*zip(map(number, images["width"]), map(number, images["height"]), strict=True)]
         xywh, areas = boxes[:, 1:5].copy(), boxes[:, 7]
-        boxes[:, 3:5] += boxes[:, 1:3]
+        with np.errstate(invalid="ignore"):
+            boxes[:, 3:5] += boxes[:, 1:3]
         super().__init__(classes, paths, sizes, boxes[:, :7], file, keep_empty, limit, exif, notes + moved)
         ids = np.array(images["id"])
         self.image_ids = (ids if ids.dtype == np.int64 else np.arange(len(ids)))[self.kept]
@@ -106,6 +107,8 @@ def _checked(data, file):
             raise UserError(f"{file}: not COCO's format: it lists no {key}")
         entries = [entry if isinstance(entry, dict) else {} for entry in entries]
         columns = {field: [entry.get(field) for entry in entries] for field in fields}
+        for field in (field for field, kind in fields.items() if kind is ID):
+            columns[field] = [value if type(value) is int else _as_id(value) for value in columns[field]]
         for i, box in enumerate(columns.get("bbox", ())):
             if not box:
                 columns["bbox"][i] = _box_around(entries[i].get("segmentation"))
@@ -152,13 +155,19 @@ def _plain(name):
     return unicodedata.normalize("NFC", " ".join(name.split()))
 
 
+def _as_id(value):
+    """An id that stands as 7.0 or "7" as int, any other as it is."""
+    whole = value.is_integer() if isinstance(value, float) else str(value).strip().isdecimal()
+    return int(value) if whole and len(str(value)) < 100 else value
+
+
 def _box_around(outline):
     """The box [x, y, w, h] around polygons, lists of x, y, x, y, ... or of points; None if they are none."""
     try:
         points = np.concatenate([np.ravel(part) for part in outline]).astype(np.float64).reshape(-1, 2)
+        return [*points.min(0), *np.ptp(points, 0)]
     except (TypeError, ValueError):  # run lengths, for example
         return None
-    return [*points.min(0), *np.ptp(points, 0)]
 
 
 def _table(file, annotations, image_ids, labels):
@@ -180,7 +189,10 @@ def _table(file, annotations, image_ids, labels):
 def _boxes(rows):
     """Boxes as float [N, 4]; NaN for a row that is not four numbers."""
     try:
-        return np.array(rows, dtype=np.float64).reshape(len(rows), 4)
+        boxes = np.array(rows, dtype=np.float64)
+        if boxes.shape != (len(rows), 4) and rows:
+            raise ValueError("not four numbers each")
+        return boxes.reshape(len(rows), 4)
     except (TypeError, ValueError, OverflowError):
         if len(rows) == 1:
             return np.full((1, 4), math.nan)

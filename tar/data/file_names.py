@@ -14,14 +14,14 @@ from tar.data.source import counted
 class Files:
     """The files below a folder whose suffix is among `kinds`; `parts` gives a path's parts as they are compared."""
 
-    def __init__(self, folder, parts, kinds=("",)):
+    def __init__(self, folder, parts, kinds=("",), without=()):
         self.folder, self.parts, self.paths = os.path.normpath(folder), parts, defaultdict(list)
-        for path in map(os.path.normpath, files_in(folder)):
-            if path.lower().endswith(tuple(kinds)):
+        for path in map(os.path.normpath, files_in(folder) if os.path.isdir(folder) else ()):
+            if path.lower().endswith(tuple(kinds)) and path not in without:
                 self.paths[parts(path)[0]].append(path)
 
-    def find(self, name, list_file):
-        """The file whose path ends in as much of a name as any, None if there is none; UserError if two fit equally.
+    def fitting(self, name):
+        """The files whose paths end in as much of a name as any.
 
         A name with folders does not mean a file of another folder, unless that is `folder` itself.
         """
@@ -29,12 +29,18 @@ class Files:
         fits = defaultdict(list)  # {how well: paths}
         for path in self.paths.get(self.parts(given)[0], ()):
             common = len(os.path.commonprefix([self.parts(given), self.parts(path)]))  # noqa: RUF071  (of lists)
+            common = min(common, len(self.parts(name)))
             if common > 1 or not has_folders or os.path.dirname(path) == self.folder:
                 fits[path == given, os.path.splitext(path)[0] == given, common].append(path)
-        best = fits[max(fits)] if fits else [None]
+        return fits[max(fits)] if fits else []
+
+    def find(self, name, list_file, other=""):
+        """The one of fitting(name), None if there is none; of several the file called `other`, else UserError."""
+        best = self.fitting(name)
+        best = [path for path in best if os.path.basename(path) == other] or best
         if len(best) > 1:
             raise UserError(f"{list_file}: {name!r} may be {best[0]} or {best[1]}; name it as it lies in {self.folder}")
-        return best[0]
+        return best[0] if best else None
 
 
 def find_images(names, folder, list_file):
@@ -50,8 +56,8 @@ def find_images(names, folder, list_file):
     missing = [i for i, path in enumerate(paths) if not os.path.isfile(path)]
     if not missing:
         return paths, []
-    files, moved = Files(folder, _loose_parts), []
-    meant = dict(zip(map(os.path.normpath, paths), names, strict=True))
+    there = {os.path.normpath(path) for path in paths} - {os.path.normpath(paths[i]) for i in missing}
+    files, moved, meant = Files(folder, _loose_parts, without=there), [], {}
     for i in missing:
         path = files.find(names[i], list_file)
         if path:
@@ -69,6 +75,7 @@ def _loose_parts(path):
 
 def stem_parts(path):
     """The parts of a path from its end, without the suffix of an image or of an XML file; also of Windows."""
-    *folders, last = re.split(r"[\\/]+", path)
-    stem, suffix = os.path.splitext(last)
-    return [stem if suffix.lower() in {".xml", *suffixes()} else last, *folders[::-1]]
+    *folders, stem = re.split(r"[\\/]+", path)
+    while (suffix := os.path.splitext(stem)[1]) and suffix.lower() in {".xml", *suffixes()}:  # x.jpg.xml is x
+        stem = stem.removesuffix(suffix)
+    return [stem, *folders[::-1]]

@@ -1,5 +1,6 @@
 """Images and boxes of a data set in files, as a few flat arrays; voc.py and coco.py fill them in."""
 
+import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,7 +29,8 @@ def number(value):
 
 def is_true(value):
     """Whether VOC's difficult or COCO's iscrowd is set, in any of the ways that tools write it."""
-    return str(value).strip().lower() in ("1", "1.0", "true", "yes", "y", "t")
+    value_as_number = number(value)
+    return str(value).strip().lower() in ("true", "yes", "y", "t") if value_as_number is None else value_as_number != 0
 
 
 def listed(names, most=5):
@@ -63,27 +65,33 @@ class Source:
         self, classes, files, sizes, boxes, list_file, keep_empty=True, limit=0, exif="auto", notes=(), trust=True
     ):
         self.classes, self.list_file, self.exif, self.notes = tuple(classes), list_file, exif, list(notes)
-        sizes = self._sizes(files, sizes, trust)
         boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 7)
         image, corners, ignored = boxes[:, 0].astype(np.int64), boxes[:, 1:5], boxes[:, 6] > 0
-        ends, finite = np.tile(sizes, 2)[image], np.isfinite(boxes).all(1)
+        finite = np.isfinite(boxes).all(1)
+
+        def wanted(rows):
+            return (np.bincount(image[rows & ~ignored], minlength=len(files)) > 0) | keep_empty
+
+        used = np.flatnonzero(wanted(finite & _have_area(corners)))[: limit or None]
+        given, sizes = [sizes[i] for i in used], np.full((len(files), 2), UNKNOWN)
+        sizes[used] = self._sizes([files[i] for i in used], given, trust)
+        ends, here = np.tile(sizes, 2)[image], np.isin(image, used)
         tiny = (abs(corners) <= 1).all(1) | (corners[:, 2:] - corners[:, :2] < 1).all(1)
         beyond = ((corners < -1) | (corners > ends + 1)).any(1)
         for rows, what in (
             (finite & _have_area(corners) & tiny, "smaller than a pixel (fractions of the image's size?)"),
             (finite & beyond, "beyond the image by over a pixel (corners as width and height? images resized later?)"),
         ):
-            doubtful = [files[i] for i in image[rows]]
-            if 2 * len(doubtful) > len(boxes):
+            doubtful = [files[i] for i in image[rows & here]]
+            if 2 * len(doubtful) > np.count_nonzero(here):
                 raise UserError(f"{list_file}: most boxes are {what}, first in {doubtful[0]}")
             self.notes += counted(f"boxes {what}", doubtful)
 
         corners = corners.clip(0, ends)
         sound = finite & _have_area(corners)
-        dropped = [files[i] for i in np.unique(image[~sound])]
+        dropped = [files[i] for i in np.unique(image[~sound & (here | (limit == 0))])]
         self.notes += counted("images with boxes of no area or outside, which are dropped", dropped)
-        boxed = np.bincount(image[sound & ~ignored], minlength=len(files)) > 0
-        self.kept = np.flatnonzero(boxed | keep_empty)[: limit or None]
+        self.kept = used[wanted(sound)[used]]
         rows = np.flatnonzero(sound & np.isin(image, self.kept))
         self.rows = rows = rows[np.argsort(image[rows], kind="stable")]
         self.offsets = np.searchsorted(image[rows], [*self.kept, len(files)])
@@ -121,8 +129,11 @@ class Source:
         of = f" among {SAMPLE} looked at" * sampled
         self.notes += counted(f"images that EXIF rotates{of}, {way}", rotated)
         deep = [files[i] for i, (*_, mode) in headers.items() if mode[0] == "I"]
-        sample = deep[:: len(deep) // DEEP_SAMPLE + 1]
-        if sample and median(int(read_image(file).max()) for file in sample) < DARK:
+        brightest = []
+        for file in deep[:: len(deep) // DEEP_SAMPLE + 1]:
+            with contextlib.suppress(UserError):  # which is said when the image is loaded
+                brightest.append(int(read_image(file).max()))
+        if brightest and median(brightest) < DARK:
             self.notes += counted("16-bit images are nearly black, their values end far below 65535", deep)
         sizes[sizes == 0] = UNKNOWN
         return sizes

@@ -67,10 +67,11 @@ def _listed_images(folder, list_file):
     images = Files(folder / "JPEGImages", stem_parts, suffixes())
     annotations = Files(folder / "Annotations", stem_parts, (".xml",))
     for entry in read_list(list_file):
-        name = entry if images.find(entry, list_file) else re.sub(r"\s+-?[01]$", "", entry)
+        names = entry, re.sub(r"\s+-?[01]$", "", entry), entry.split()[0]
+        name = next((name for name in names if images.fitting(name) or annotations.fitting(name)), entry)
         annotation = annotations.find(name, list_file)
         size, other, objects = read_annotation(annotation) if annotation else ((None, None), name, [])
-        file = images.find(name, list_file) or images.find(other, list_file)
+        file = images.find(name, list_file, other) or images.find(other, list_file)
         if not file:
             raise UserError(f"{images.folder}: no image {entry!r}, but {list_file} lists it")
         yield file, annotation, size, objects

@@ -43,7 +43,7 @@ def predict(model, classes, paths, process, threshold, folder):
             boxes, labels, scores = detect_one(model, image, threshold, process.device)
         side = min(max(*image.shape[1:], WIDE), 1600)
         picture = with_objects(image, boxes, labels, classes, scores, side)
-        picture.save(folder / f"{number:06d}-{Path(file).stem}.png")
+        picture.save(folder / f"{number:06d}-{Path(file).stem[:60]}.png")
         images.append({"id": number, "file_name": file, "width": image.shape[2], "height": image.shape[1]})
         annotations += coco_annotations(number, boxes, labels, "score", scores)
     if not images:

@@ -38,12 +38,12 @@ def images_to_show(wanted, source):
         if None in chosen:
             path = wanted[chosen.index(None)]
             raise UserError(f"{path}: not in the test set; --predict detects on images without ground truth")
-    several = len({Path(file).stem.casefold() for file in files}) < len(files)
+    several = len({Path(file).stem[:60].casefold() for file in files}) < len(files)
     for index in chosen:
         image, boxes, labels, ignored = source.load(0, index)
         name = f"image-{index}"
         if isinstance(source, Source):  # of files; shapes are drawn
-            name = f"{index:06d}-" * several + Path(files[index]).stem
+            name = f"{index:06d}-" * several + Path(files[index]).stem[:60]
             _, orientation, used, _ = read_header(files[index], source.sizes[index].tolist(), source.exif)
             image, boxes = turn(image, boxes, 1 if used == orientation else orientation)
         yield name, image, {"boxes": boxes[~ignored], "labels": labels[~ignored]}

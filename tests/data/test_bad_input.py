@@ -183,7 +183,10 @@ TABLE = {  # {(spoiler, word of the refusal, or TRAINS): {name: the spoiler's ar
     (on_list, "987654"): {"a list with a name that is not there": lambda names: b"987654\n" + names},
     (on_list, "trainval.txt"): {"a list of no names": b"\n \n", "a list of bytes that are no text": NO_TEXT},
     (coco_text, TRAINS): {"JSON with a byte order mark": lambda text: b"\xef\xbb\xbf" + text},
-    (coco, TRAINS): {"JSON with a box NaN": field("annotations", "bbox", [float("nan"), 1, 2, 3])},
+    (coco, TRAINS): {
+        "JSON with a box NaN": field("annotations", "bbox", [float("nan"), 1, 2, 3]),
+        "JSON with an image's id as a text": field("images", "id", "100"),
+    },
     (coco_text, "train.json"): {
         "JSON of no bytes": lambda _: b"",
         "JSON cut short": lambda text: text[:-40],
@@ -193,7 +196,6 @@ TABLE = {  # {(spoiler, word of the refusal, or TRAINS): {name: the spoiler's ar
     },
     (coco, "train.json"): {
         "JSON with a box of an unlisted image": field("annotations", "image_id", 5),
-        "JSON with an image's id as a text": field("images", "id", "100"),
         "JSON with an unlisted category": field("annotations", "category_id", 5),
     },
     (coco, "categories"): {"JSON without categories": lambda data: data.pop("categories")},

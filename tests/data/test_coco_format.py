@@ -58,7 +58,7 @@ def test_an_image_has_its_own_boxes_as_corners_and_labels_in_the_order_of_the_id
 
 
 def test_crowds_are_ignored(tmp_path):
-    no, yes = [0, "0", False, None, "", "false", 0.0], [1, "1", True, "true", 1.0]
+    no, yes = [0, "0", False, None, "", "false", 0.0], [1, "1", True, "true", 2]
     boxes = [annotation(7, 1, [k, 3, 10, 5], iscrowd=value) for k, value in enumerate(no + yes)]
     source = load(tmp_path, [*boxes, (7, 1, [20, 3, 10, 5])])
     assert source.load(0, 0)[3].tolist() == [False] * 7 + [True] * 5 + [False]
@@ -81,7 +81,7 @@ INSIDE.append(([39.5, 29.25, 0.5, 0.75], [39.5, 29.25, 40, 30]))
 OUTSIDE = [40, 3, 10, 5], [3, 30, 10, 5], [-10, 3, 10, 5], [3, -5, 10, 5]
 WITHOUT_AREA = [2, 3, 0, 5], [2, 3, 10, 0], [12, 8, -10, -5], [20, 3, 1e-7, 5], [39.9999999, 3, 10, 5]
 NO_NUMBERS = [NAN, 3, 10, 5], [2, 3, NAN, 5], [3, 3, INF, 5], [10**400, 3, 10, 5], [2, 3, None, 5]
-NO_BOX = [2, 3, 10], [2, 3, 10, 5, 1], [2, 3, "ten", 5], [2, 3, [10], 5]
+NO_BOX = [2, 3, 10], [[2, 3], [10, 5]], [2, 3, 10, 5, 1], [2, 3, "ten", 5], [2, 3, [10], 5]
 
 
 def test_a_box_ends_at_the_border_and_one_that_cannot_be_used_is_dropped_and_counted(tmp_path):
@@ -131,6 +131,13 @@ def test_ids_that_are_words_are_used_and_evaluated_by_number(tmp_path):
     assert [(a["image_id"], a["bbox"][0]) for a in source.annotations()] == [(0, 6), (1, 5)]
 
 
+def test_ids_that_stand_as_text_or_with_a_point_are_whole_numbers(tmp_path):
+    def change(data):
+        data["images"][0]["id"], data["categories"][0]["id"] = "6", float(data["categories"][0]["id"])
+
+    assert load(tmp_path, [(6, 1, [2, 3, 10, 5])], (6,), change).annotations()[0]["image_id"] == 6
+
+
 POLYGON = [2, 3, 12, 3, 12, 8.5]
 POLYGONS = (
     [POLYGON],
@@ -147,7 +154,9 @@ def test_a_missing_box_is_its_outlines(tmp_path, outline):
         assert load(tmp_path, [annotation(7, 1, none, segmentation=outline)]).boxes.tolist() == [[2, 3, 12, 8.5]]
 
 
-@pytest.mark.parametrize("outline", [[], None, {"counts": [0, 9], "size": [30, 40]}, [[1, 2, 3]], ["left"], 7], ids=str)
+@pytest.mark.parametrize(
+    "outline", [[], None, {"counts": [0, 9], "size": [30, 40]}, [[1, 2, 3]], [[]], ["left"], 7], ids=str
+)
 def test_neither_box_nor_outline_is_refused(tmp_path, outline):
     boxes = [annotation(7, 1, None, segmentation=outline)]
     refused(tmp_path, "entry 0 of annotations: bbox is None", boxes=boxes)
@@ -227,6 +236,7 @@ def test_a_file_name_finds_the_one_file_that_fits(tmp_path, name, place):
 
 
 def test_the_longest_end_of_a_name_decides_and_each_image_has_its_own_file(tmp_path):
+    assert len(named(tmp_path, "y.png", "Y.PNG", files=["y.png", "sub/Y.PNG"])) == 2
     source = named(tmp_path, "old/cam1/x.png", "old\\cam0\\x.png", files=["cam0/x.png", "cam1/x.png", "x.png"])
     assert [*source.files] == [str(tmp_path / f"images/cam{i}/x.png") for i in (1, 0)]
     assert f"other names than {tmp_path}/set.json gives: 2 (old/cam1/x.png is {tmp_path}" in source.notes[0]
@@ -237,8 +247,9 @@ def test_the_longest_end_of_a_name_decides_and_each_image_has_its_own_file(tmp_p
     [
         (["x.png"], ["a/x.png", "b/x.png"], "'x.png' may be .*images/[ab]/x.png or .*images/[ab]/x.png"),
         (["old/x.png"], ["a/x.png", "b/x.png"], "old/x.png: no such image"),
+        (["x.png"], ["images/x.png", "b/x.png"], "'x.png' may be"),
         (["a/x.png", "b/x.png"], ["x.png"], "a/x.png and b/x.png would both be .*images/x.png"),
-        (["x.png", "b/x.png"], ["x.png"], "x.png and b/x.png would both be .*images/x.png"),
+        (["x.png", "b/x.png"], ["x.png"], "images/b/x.png: no such image"),
         (["y.png"], ["x.png"], "images/y.png: no such image"),
         (["\0.png"], ["x.png"], "no such image"),
         (["data:image/png;base64,AAAA"], ["x.png"], "file_name data:image/png;base64,AAAA... is an image as text"),

@@ -153,6 +153,17 @@ def test_images_of_16_bits_that_end_far_below_are_said(tmp_path, highest, dark):
     assert (found.load(0, 0)[0].max() < 64) == dark
 
 
+def test_a_broken_image_of_16_bits_and_images_beyond_the_limit_do_not_stop_the_rest(tmp_path):
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for file in files:
+        Image.fromarray(np.full((30, 40), 40000, dtype=np.uint16)).save(file)
+    with open(files[1], "r+b") as broken:
+        broken.truncate(60)
+    assert len(source(files)) == 3
+    beyond = [(i, *BOX) if i == 0 else (i, 0, 0, 900, 900) for i in range(3)]
+    assert source(files, beyond, limit=1).notes == []
+
+
 def test_an_image_that_cannot_be_read_is_said_when_it_is_loaded(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     found = source([tmp_path / "a.png"], sizes=[(0, 0)])

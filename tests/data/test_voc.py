@@ -83,6 +83,8 @@ def test_corners_are_put_in_order_one_pixel_is_a_box_and_what_lies_outside_is_dr
         ("my photo 1", ["my photo 1.jpg", "my photo.jpg"], "my photo 1.jpg"),
         ("my photo 1  -1", ["my photo 1.jpg"], "my photo 1.jpg"),
         ("a.b", ["a.b.jpg", "a.jpg"], "a.b.jpg"),
+        ("1.png", ["1.png.jpg"], "1.png.jpg"),
+        ("1", ["1.png", "1.jpg", "from the XML.jpg"], "'1' may be .*1.(jpg|png) or .*1.(jpg|png)"),
         ("./1", ["1.jpg", "1 1.jpg"], "1.jpg"),
         ("/old/VOC2007/JPEGImages/1.jpg", ["1.jpg"], "1.jpg"),
         (r"JPEGImages\1.jpg", ["1.jpg"], "1.jpg"),
@@ -114,6 +116,21 @@ def test_which_file_an_entry_of_a_list_means(folder, entry, files, found):
     else:
         with pytest.raises(UserError, match=found):
             load_dataset("voc", folder)
+
+
+def test_the_image_that_the_xml_names_and_an_xml_with_two_suffixes_are_used(folder):
+    Image.new("RGB", (40, 30)).save(folder / "JPEGImages/1.png")
+    text = (folder / "Annotations/1.xml").read_text()
+    (folder / "Annotations/1.xml").unlink()
+    (folder / "Annotations/1.jpg.xml").write_text(text.replace("<size>", "<filename>1.png</filename><size>"))
+    (folder / "ImageSets/Main/trainval.txt").write_text("1\n2 cat 3\n")
+    source, _ = load_dataset("voc", folder)
+    assert source.files.tolist() == [str(folder / f"JPEGImages/{name}") for name in ("1.png", "2.jpg")]
+    assert len(source.boxes) == 2
+    (folder / "JPEGImages/1.png").unlink()
+    shutil.rmtree(folder / "Annotations")
+    with pytest.raises(UserError, match="no box to train on"):  # the images are there
+        load_dataset("voc", folder)
 
 
 @pytest.mark.parametrize("encoding", ["gb2312", "shift_jis", "cp1252", "koi8-r", "utf-8-sig", "utf-16", "utf8"])
