@@ -29,8 +29,8 @@ def number(value):
 
 def is_true(value):
     """Whether VOC's difficult or COCO's iscrowd is set, in any of the ways that tools write it."""
-    value_as_number = number(value)
-    return str(value).strip().lower() in ("true", "yes", "y", "t") if value_as_number is None else value_as_number != 0
+    as_number = number(value)
+    return str(value).strip().lower() in ("true", "yes", "y", "t") if as_number is None else as_number != 0
 
 
 def listed(names, most=5):
@@ -89,7 +89,8 @@ class Source:
 
         corners = corners.clip(0, ends)
         sound = finite & _have_area(corners)
-        dropped = [files[i] for i in np.unique(image[~sound & (here | (limit == 0))])]
+        counts = here | (limit == 0)  # an image left out for its boxes of no area is named too
+        dropped = [files[i] for i in np.unique(image[~sound & counts])]
         self.notes += counted("images with boxes of no area or outside, which are dropped", dropped)
         self.kept = used[wanted(sound)[used]]
         rows = np.flatnonzero(sound & np.isin(image, self.kept))
