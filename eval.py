@@ -1,8 +1,6 @@
 """Looks at what train.py has trained: figures, pictures, comparisons, a report; detections on any image; an export.
 
-    python eval.py --weights runs/demo/tar/last.pth
-
-README.md, "Look at the results", has more commands.
+python eval.py --weights runs/demo/tar/last.pth         README.md, "Look at the results", has more commands
 """
 
 import os
@@ -66,7 +64,12 @@ def parser():
 
 
 def main(argv=None):
-    given = parse(argv)
+    p = parser()
+    given = p.parse_args(argv)
+    for name, others in NEEDS.items():
+        if getattr(given, name) and not any(getattr(given, other) for other in others):
+            p.error(f"--{name.replace('_', '-')} needs --{' or --'.join(others)}")
+    given.replacing = {name: getattr(given, name) for name in REPLACING}
     with program("eval.py"):
         try:
             if given.table:
@@ -79,16 +82,6 @@ def main(argv=None):
         except BrokenPipeError:  # the reader of `eval.py ... | head` has ended; Python's own flush must not fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
-
-
-def parse(argv):
-    p = parser()
-    given = p.parse_args(argv)
-    for name, others in NEEDS.items():
-        if getattr(given, name) and not any(getattr(given, other) for other in others):
-            p.error(f"--{name.replace('_', '-')} needs --{' or --'.join(others)}")
-    given.replacing = {name: getattr(given, name) for name in REPLACING}
-    return given
 
 
 def look_at_weights(given):

@@ -66,10 +66,8 @@ def train_with_teacher(args, process, parent=None, name=None, title=None):
     data = data_of(args, process)
     if args.teacher and not args.teacher_weights:
         if args.backbone_weights not in ("imagenet", "none") and not Path(args.backbone_weights).is_dir():
-            raise UserError(
-                f"--backbone-weights {args.backbone_weights} fits the student only: train the teacher first "
-                f"(train.py --student {args.teacher} --backbone-weights FILE) and give --teacher-weights"
-            )
+            remedy = f"first train.py --student {args.teacher} --backbone-weights FILE, then --teacher-weights"
+            raise UserError(f"--backbone-weights {args.backbone_weights} fits the student only: {remedy}")
         teacher_args = teacher_of(args)
         teacher_args.output = parent / run_name(teacher_args, process)
         process.say(f"Teacher {args.teacher}: {teacher_args.output}")
@@ -154,10 +152,8 @@ def prepare(args, data, process, title, output, settings):
     if saved:
         process.say(f"{title}: going on after step {first_step} of {total_steps}, from {output}")
     process.on_main(run_folder.begin_run, output, settings, first_step, measured=state.batch == 0)
-    trained = module, optimizer, scaler, guard, state
-    return Run(
-        args, process, title, output, about, *data, teacher, *trained, order, steps_per_epoch, total_steps, end_step
-    )
+    given, trained = (args, process, title, output, about, *data), (teacher, module, optimizer, scaler, guard, state)
+    return Run(*given, *trained, order, steps_per_epoch, total_steps, end_step)
 
 
 def train_epoch(run, epoch):
@@ -233,15 +229,10 @@ def finish(run):
         loader = make_loader(run.train_set, True, batches, args.seed)
         more = cost_of_distillation(run.module, run.teacher, loader, run.optimizer, process) - 1
         cost += more * run.end_step / run.total_steps
-    images = {"test_images": len(run.test_set), "train_images": len(run.train_set)}
-    result = {
-        **run.state.metrics,
-        **{name: getattr(args, name) for name in ("dataset", "detector", "split", "epochs")},
-        **{**images, "seconds": run.state.seconds, "cost": cost},
-        "parameters": sum(p.numel() for p in student.parameters()),
-        "ms_per_image": ms_per_image,
-        "environment": process.about(),
-    }
+    flags_shown = {name: getattr(args, name) for name in ("dataset", "detector", "split", "epochs")}
+    result = {**run.state.metrics, **flags_shown, "test_images": len(run.test_set), "train_images": len(run.train_set)}
+    result |= {"seconds": run.state.seconds, "cost": cost, "parameters": sum(p.numel() for p in student.parameters())}
+    result |= {"ms_per_image": ms_per_image, "environment": process.about()}
     process.on_main(checkpoint.save_json, run.output / "result.json", result)
     return process.shared(result)  # that of rank 0: times differ
 
@@ -268,9 +259,7 @@ def load_teacher(args, data, process):
     process.freeze(teacher)
     size = [saved["build"]["min_size"], saved["build"]["max_size"]]
     if size != args.size:
-        process.say(
-            f"Note: the teacher was trained on images of {size} pixels, and will see the student's {args.size}."
-        )
+        process.say(f"Note: the teacher was trained on images of {size} pixels, and will see {args.size} here.")
     same = ("dataset", "data_path", "voc_years", "val_json", "val_images", "split", "limit_test", "epochs", "exif")
     measured = path.parent / "result.json"
     now = settings_of(changed(args, epochs=saved.get("epoch")), process)

@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from tar.detectors.build import build_detector
 from tar.method.step import DistillationSettings, DistillationStep
@@ -79,6 +80,11 @@ def run(step, batch, teacher=None):
     """What a step returns, with the same region sampling each time."""
     torch.manual_seed(5)
     return step(*batch, teacher)
+
+
+def norms(module):
+    """The batch norms of a module, frozen or not."""
+    return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)]
 
 
 def gradients(module):

@@ -12,7 +12,6 @@ from statistics import median
 import torch
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from tar.data.loader import to_device
@@ -20,18 +19,21 @@ from tar.detectors.backbones import BACKBONES
 from tar.detectors.build import DETECTORS, build_detector
 from tar.evaluation.cost import flops, timed
 from tar.evaluation.markdown import rows_table
-from tar.method.proposal_sharing import faster_rcnn_outputs, retinanet_outputs
 from tar.method.step import DistillationSettings, DistillationStep
 from tar.training import checkpoint
 from tar.training.failure import program
-from tar.training.flags import LEVELS
 from tar.training.parser import Defaults, Parser, count, device_flags, positive
-from tar.training.process import TYPES, set_up
+from tar.training.process import set_up
 
 RESNETS = ("r18", "r34", "r50", "r101", "r152")
 CLASSES = 20
-STOCK, PLAIN, TAR, FLOOR = "stock", "plain", "tar", "floor"
-ROWS = (STOCK, PLAIN, TAR, FLOOR, *(f"{level} level" for level in LEVELS))
+KINDS = {  # of step: what it is
+    "stock": "torchvision's student, float32, its own layout",
+    "plain": "our plain student step",
+    "tar": "our TAR step, all three levels",
+    "floor": "our plain step, the teacher's backbone and head on the same regions",
+}
+RATIOS = (("tar", "floor"), ("tar", "plain"), *((kind, "stock") for kind in ("plain", "tar", "floor")))
 
 
 def parser():
@@ -45,7 +47,7 @@ def parser():
     p.add_argument("--rois", type=positive, default=512, metavar="N", help="regions an image")
     p.add_argument("--rounds", type=positive, default=5, metavar="N", help="steps of each kind")
     p.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before the first counts")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help="kinds of step")
+    p.add_argument("--rows", nargs="+", choices=KINDS, default=[*KINDS], metavar="ROW", help="kinds of step")
     p.add_argument("--json", metavar="FILE", help="write the figures there too")
     device_flags(p)
     return p
@@ -62,44 +64,34 @@ def main(argv=None):
 def measure(args, process):
     """Measures and prints the chosen kinds of step. Returns what --json holds."""
     about = vars(args) | process.about()
-    print(", ".join(f"{k} {v}" for k, v in about.items()))
-    kinds = {name: kind for name, kind in kinds_of_step(args, process).items() if name in args.rows}
+    print(", ".join(f"{k} {v}" for k, v in about.items()) + "\n")
+    kinds = {kind: step for kind, step in kinds_of_step(args, process).items() if kind in args.rows}
     steps, ratios = times(args, process, kinds)
-    peaks = {amp: peak(process, amp) for amp in ("none", process.amp)}
-    counted, shares, lines = {}, {}, []
-    for name, (what, step) in kinds.items():
+    counted, lines = {}, []
+    for kind, step in kinds.items():
         torch.manual_seed(1000)
-        counted[name] = flops(step) / args.batch_size
-        ms, low, high = (f(steps[name]) for f in (median, min, max))
-        shares[name] = counted[name] / (ms / 1000) / peaks["none" if name == STOCK else process.amp]
-        line = {"row": name, "what": what, "ms an image": f"{ms:.0f} ({low:.0f} to {high:.0f})"}
-        lines.append(line | {"GFLOP an image": counted[name] / 1e9, "of peak": f"{100 * shares[name]:.0f}%"})
-    print("\n" + rows_table(lines) + "\n")
+        counted[kind] = flops(step) / args.batch_size
+        ms = "{:.0f} ({:.0f} to {:.0f})".format(*(f(steps[kind]) for f in (median, min, max)))
+        lines.append({"row": kind, "what": KINDS[kind], "ms an image": ms, "GFLOP an image": counted[kind] / 1e9})
+    print(rows_table(lines) + "\n")
     for name, ratio in ratios.items():
         print(f"{name}: {ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})")
-    return {"about": about, "steps": steps, "ratios": ratios, "flops": counted, "peak": peaks, "of_peak": shares}
+    return {"about": about, "steps": steps, "ratios": ratios, "flops": counted}
 
 
 def times(args, process, kinds):
-    """Rounds of one step of each kind: {row: ms an image of each round}, {name of a ratio: {median, min, max}}."""
-    steps, ratios = {name: [] for name in kinds}, {}
+    """Rounds of one step of each kind: {kind: ms an image of each round}, {name of a ratio: {median, min, max}}."""
+    steps, ratios = {kind: [] for kind in kinds}, {}
     for number in range(-args.warmup, args.rounds):
-        for name, (_, step) in kinds.items():
+        for kind, step in kinds.items():
             torch.manual_seed(1000 + number)  # all kinds sample the same regions
-            steps[name].append(1000 * timed(process, step) / args.batch_size)
-    steps = {name: of_row[args.warmup :] for name, of_row in steps.items()}
-    for one, other in ((TAR, FLOOR), (TAR, PLAIN), *((row, STOCK) for row in kinds if row != STOCK)):
+            steps[kind].append(1000 * timed(process, step) / args.batch_size)
+    steps = {kind: ms[args.warmup :] for kind, ms in steps.items()}
+    for one, other in RATIOS:
         if {one, other} <= kinds.keys():
             each = [a / b for a, b in zip(steps[one], steps[other], strict=True)]
-            ratios[f"{one}_over_{other}".replace(" ", "_")] = {f.__name__: f(each) for f in (median, min, max)}
+            ratios[f"{one}_over_{other}"] = {f.__name__: f(each) for f in (median, min, max)}
     return steps, ratios
-
-
-def peak(process, amp):
-    """FLOP a second of a large matrix product of a type; on a GPU float32 is TF32, there and in the steps."""
-    n = 8192 if process.device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=process.device, dtype=TYPES.get(amp, torch.float32))
-    return 2 * n**3 / min(timed(process, lambda: a @ a) for _ in range(7))
 
 
 def draw_batch(count, height, width):
@@ -110,83 +102,68 @@ def draw_batch(count, height, width):
 
 
 def our_detector(args, backbone):
-    """Our detector, random but for the end of each residual block, which adds little: features stay finite."""
+    """Our detector, random, but each residual block adds little: features stay finite."""
     sizes = {"min_size": args.size[0], "max_size": args.size[1], "rois": args.rois}
     sizes["anchor_scale"] = 8 if args.detector == "faster-rcnn" else 4
     model = build_detector(args.detector, backbone, CLASSES, norm="frozen", trainable_layers=3, **sizes)
-    for block in model.backbone.modules():
-        if isinstance(block, BasicBlock | Bottleneck):
-            getattr(block, "bn3", block.bn2).weight.fill_(0.2)
+    for name, factors in model.backbone.named_buffers():
+        if name.endswith("bn2.weight"):
+            factors.fill_(0.2)
     return model
 
 
 def stock_detector(args, weights):
     """torchvision's own student as its reference script builds it, with our weights."""
-    sizes = {"min_size": args.size[0], "max_size": args.size[1]}
-    if args.detector == "faster-rcnn":
-        levels, kind, sizes["box_batch_size_per_image"] = {}, FasterRCNN, args.rois
-    else:
-        levels, kind = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}, RetinaNet
-    body = resnet_fpn_backbone(backbone_name=BACKBONES[args.student], weights=None, **levels)
-    model = kind(body, CLASSES + 1, **sizes)
+    kind, levels = FasterRCNN, {}
+    if args.detector == "retinanet":
+        kind, levels = RetinaNet, {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)}
+    body, (low, high) = resnet_fpn_backbone(backbone_name=BACKBONES[args.student], weights=None, **levels), args.size
+    model = kind(body, CLASSES + 1, min_size=low, max_size=high, box_batch_size_per_image=args.rois)
     model.load_state_dict(weights)
     return model
 
 
+class Floor(DistillationStep):
+    """A step that computes the outputs of both models' heads, but no distillation loss."""
+
+    def head_losses(self, shared):
+        return {}, {}
+
+
 def kinds_of_step(args, process):
-    """{name: (what it is, a function that does one step and returns its losses)}."""
+    """{kind: a function that does one step and returns its losses}."""
     torch.manual_seed(0)
     student, teacher = our_detector(args, args.student), our_detector(args, args.teacher)
     stock = stock_detector(args, student.state_dict()).to(process.device).train()
     step = process.place(DistillationStep(student, DistillationSettings())).train()
+    floor = Floor(student, DistillationSettings(weight_backbone=0.0))
     teacher = process.place(teacher.eval().requires_grad_(False))
     process.freeze(teacher)
     images, targets = to_device(*draw_batch(args.batch_size, *args.image), process.device)
-    optimizers, precision = {}, torch.get_float32_matmul_precision()
-    for module in (stock, step):
-        trained = [p for p in module.parameters() if p.requires_grad]
-        optimizers[module] = torch.optim.SGD(trained, 0.0, 0.9, weight_decay=1e-4, fused=module is step)
+    sgd = partial(torch.optim.SGD, lr=0.0, momentum=0.9, weight_decay=1e-4)
+    stocks_optimizer, optimizer = sgd(stock.parameters()), sgd(step.parameters(), fused=True)
 
-    def learn(module, losses):
-        optimizers[module].zero_grad()
+    def learn(optimizer, losses):
+        optimizer.zero_grad()
         sum(losses).backward()
-        optimizers[module].step()
+        optimizer.step()
         return losses
 
     def stock_step():  # with torch's default: on a GPU products in float32, convolutions in TF32
+        precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        losses = learn(stock, stock(images, targets).values())
+        losses = learn(stocks_optimizer, stock(images, targets).values())
         torch.set_float32_matmul_precision(precision)
         return losses
 
-    def our_step(settings):
-        step.settings = settings
+    def our_step(step, teacher=None):
         with process.autocast():
-            detection, distillation, _ = step(images, targets, teacher if settings else None)
-        return learn(step, [*detection.values(), *distillation.values()])
+            detection, distillation, _ = step(images, targets, teacher)
+        return learn(optimizer, [*detection.values(), *distillation.values()])
 
-    def floor_step():
-        with process.autocast():
-            resized, boxes = student.transform(images, targets)
-            pixels = resized.tensors.contiguous(memory_format=torch.channels_last)
-            features = student.backbone(pixels)
-            with torch.no_grad():
-                given = teacher, teacher.backbone(pixels), DistillationSettings()
-            outputs = retinanet_outputs if args.detector == "retinanet" else faster_rcnn_outputs
-            losses, _ = outputs(student, features, resized, boxes, *given)
-        return learn(step, losses.values())
-
-    our_step(DistillationSettings())  # fused SGD wants all momenta to begin in the same step
-    kinds = {
-        STOCK: ("torchvision's student, float32, its own layout", stock_step),
-        PLAIN: ("our plain student step", partial(our_step, None)),
-        TAR: ("our TAR step, all three levels", partial(our_step, DistillationSettings())),
-        FLOOR: ("our plain step, the teacher's backbone and head on the same regions", floor_step),
-    }
-    for level in LEVELS:
-        settings = DistillationSettings(**{f"weight_{other}": float(other == level) for other in LEVELS})
-        kinds[f"{level} level"] = f"our step, {level} level only", partial(our_step, settings)
-    return kinds
+    ours = {"plain": (step,), "tar": (step, teacher), "floor": (floor, teacher)}
+    our_step(step, teacher)  # fused SGD wants all momenta to begin in the same step
+    return {"stock": stock_step, **{kind: partial(our_step, *models) for kind, models in ours.items()}}
 
 
 if __name__ == "__main__":

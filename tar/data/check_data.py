@@ -26,10 +26,8 @@ def check_data(source, title, process, workers=0):
     loader = DataLoader(range(len(source)), None, collate_fn=partial(_facts, source), **processes(workers))
     rows = list(process.progress(f"reading {title}")(loader))
     errors, facts = [r for r in rows if isinstance(r, str)], [r for r in rows if not isinstance(r, str)]
-    boxes, images = Counter(), Counter()
-    for _, labels, *_ in facts:
-        boxes.update(labels)
-        images.update({*labels})
+    boxes = Counter(label for _, labels, *_ in facts for label in labels)
+    images = Counter(label for _, labels, *_ in facts for label in {*labels})
     ignored, sides = sum(sum(f[2]) for f in facts), sorted(side for f in facts for side in f[3])
     process.say(f"\n{title}: {len(rows)} images, {len(sides)} boxes, {ignored} of them ignored")
     if facts:

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-import math
 import re
 import reprlib
 import sys
@@ -53,8 +52,7 @@ class Coco(Source):
         images, annotations, categories = read_coco_file(file)
         classes, labels, notes = match_classes(file, categories, Counter(annotations["category_id"]), classes)
         boxes = _table(file, annotations, images["id"], labels)
-        if len(boxes) < len(annotations["bbox"]):
-            repeated = len(annotations["bbox"]) - len(boxes)
+        if repeated := len(annotations["bbox"]) - len(boxes):
             notes.append(f"{repeated} annotations of {file} are there twice; each is used once")
         if len(boxes) and boxes[:, 6].all():
             raise UserError(f"{file}: all {len(boxes)} boxes are crowds, which do not count; set iscrowd to 0")
@@ -72,8 +70,8 @@ class Coco(Source):
 
     def annotations(self):
         """The boxes as pycocotools reads them, not clipped, with the file's areas if any; category_id is the label."""
-        image = np.repeat(self.image_ids, np.diff(self.offsets))
-        columns = (image, self.labels, self.xywh, self.areas, self.ignored.astype(int))
+        image_ids = np.repeat(self.image_ids, np.diff(self.offsets))
+        columns = (image_ids, self.labels, self.xywh, self.areas, self.ignored.astype(int))
         names = ("image_id", "category_id", "bbox", "area", "iscrowd")
         return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
@@ -105,18 +103,18 @@ def _checked(data, file):
         entries = data.get(key) if isinstance(data, dict) else None
         if not isinstance(entries, list) or (not entries and key != "annotations"):
             raise UserError(f"{file}: not COCO's format: it lists no {key}")
-        entries = [entry if isinstance(entry, dict) else {} for entry in entries]
-        columns = {field: [entry.get(field) for entry in entries] for field in fields}
-        for field in (field for field, kind in fields.items() if kind is ID):
-            columns[field] = [value if type(value) is int else _as_id(value) for value in columns[field]]
-        for i, box in enumerate(columns.get("bbox", ())):
-            if not box:
-                columns["bbox"][i] = _box_around(entries[i].get("segmentation"))
+        entries, columns = [entry if isinstance(entry, dict) else {} for entry in entries], {}
         for field, kind in fields.items():
-            for i, value in enumerate(columns[field]):
+            column = [entry.get(field) for entry in entries]
+            if kind is ID:
+                column = [value if type(value) is int else _as_id(value) for value in column]
+            if field == "bbox":
+                column = [box or _box_around(entries[i].get("segmentation")) for i, box in enumerate(column)]
+            for i, value in enumerate(column):
                 if not isinstance(value, kind):
                     where = f"entry {i} of {key}: {field} is {reprlib.repr(value)}"
                     raise UserError(f"{file}: not COCO's format: {where}, not {WANTED[kind]}")
+            columns[field] = column
         if len({*columns.get("id", ())}) < len(columns.get("id", ())):
             raise UserError(f"{file}: two {key} have the same id")
         found.append(columns)
@@ -126,8 +124,7 @@ def _checked(data, file):
 def match_classes(file, categories, used, classes=None):
     """The classes, {category id: label}, and notes. classes: those trained on, or None for the file's own.
 
-    used: {category id: number of boxes}. UserError if two categories with boxes share a name, or if one with boxes is
-    not among the classes.
+    used: {category id: number of boxes}. UserError for boxes of two categories of one name, or of another class.
     """
     notes, ids = [], {}
     names = map(_plain, categories["name"])
@@ -179,21 +176,10 @@ def _table(file, annotations, image_ids, labels):
     except KeyError as error:
         what = f"an annotation has image_id or category_id {reprlib.repr(error.args[0])}"
         raise UserError(f"{file}: {what}, which is not listed") from None
+    sides = [number(v) for box in annotations["bbox"] for v in (box if len(box) == 4 else [None] * 4)]
+    area = [number(value) for value in annotations["area"]]
+    sides, area = (np.array(numbers, dtype=np.float64) for numbers in (sides, area))  # None becomes NaN
     crowd = [is_true(value) for value in annotations["iscrowd"]]
-    area = np.array([number(value) for value in annotations["area"]], dtype=np.float64)
-    table = np.column_stack([image, _boxes(annotations["bbox"]), label, crowd, area])
-    _, first = np.unique(table.view("V64"), return_index=True)
-    return table[np.sort(first)]
-
-
-def _boxes(rows):
-    """Boxes as float [N, 4]; NaN for a row that is not four numbers."""
-    try:
-        boxes = np.array(rows, dtype=np.float64)
-        if boxes.shape != (len(rows), 4) and rows:
-            raise ValueError("not four numbers each")
-        return boxes.reshape(len(rows), 4)
-    except (TypeError, ValueError, OverflowError):
-        if len(rows) == 1:
-            return np.full((1, 4), math.nan)
-    return np.concatenate([_boxes([row]) for row in rows])
+    table = np.column_stack([image, sides.reshape(-1, 4), label, crowd, area])
+    rows = dict.fromkeys(table.view("V64").ravel().tolist())  # bytes, in which NaN equals NaN
+    return np.frombuffer(bytearray().join(rows)).reshape(-1, 8)

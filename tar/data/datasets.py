@@ -37,8 +37,7 @@ def load_dataset(
         limit_train, limit_test: number of images to use, the first ones; 0 for all.
         seed: of the shapes that are drawn for training.
         split: "test"; or "val" to tune on: voc's train and val list instead of trainval and test, other shapes.
-        keep_empty: train on COCO's images without boxes too.
-        exif: "auto", "upright" or "stored", see read_image.
+        keep_empty: train on COCO's images without boxes too. exif: see read_image.
     """
     if name == "shapes":
         train = Shapes("train", limit_train or SHAPES_IMAGES["train"], seed)
@@ -49,10 +48,10 @@ def load_dataset(
     else:
         if download:
             download_voc(data_path, years)
-        parts = [read_voc(data_path, years, part) for part in SPLITS[split]]
-        classes = voc_classes([image for images, _ in parts for image in images])
-        limits = (limit_train, limit_test)
-        train, test = (voc_source(p[0], classes, p[1], n, exif) for p, n in zip(parts, limits, strict=True))
+        train_list, test_list = (read_voc(data_path, years, part) for part in SPLITS[split])
+        classes = voc_classes(train_list[0] + test_list[0])
+        train = voc_source(*train_list, classes, limit_train, exif)
+        test = voc_source(*test_list, classes, limit_test, exif)
     if train.ignored.all():  # there may be no box at all
         why = "all boxes are crowds or difficult" if len(train.boxes) else "none can be used"
         raise UserError("; ".join([f"{train.list_file}: no box to train on: {why}", *train.notes]))
@@ -67,8 +66,7 @@ def load_test_set(
     if name == "shapes":
         return Shapes(split, limit or SHAPES_IMAGES["test"])
     if name == "voc":
-        images, list_file = read_voc(data_path, years, split)
-        return voc_source(images, classes, list_file, limit, exif)
+        return voc_source(*read_voc(data_path, years, split), classes, limit, exif)
     if split == "val":
         raise UserError("--split val: COCO has one split to test on; give --val-json and --val-images")
     return Coco(*coco_files(data_path, files)[2:], limit=limit, classes=classes, exif=exif)

@@ -25,12 +25,11 @@ class Files:
 
         A name with folders does not mean a file of another folder, unless that is `folder` itself.
         """
-        given, has_folders = os.path.normpath(os.path.join(self.folder, name)), len(self.parts(name)) > 1
-        fits = defaultdict(list)  # {how well: paths}
-        for path in self.paths.get(self.parts(given)[0], ()):
-            common = len(os.path.commonprefix([self.parts(given), self.parts(path)]))  # noqa: RUF071  (of lists)
-            common = min(common, len(self.parts(name)))
-            if common > 1 or not has_folders or os.path.dirname(path) == self.folder:
+        given, count = os.path.normpath(os.path.join(self.folder, name)), len(self.parts(name))
+        wanted, fits = self.parts(given)[:count], defaultdict(list)  # {how well: paths}
+        for path in self.paths.get(wanted[0], ()):
+            common = len(os.path.commonprefix([wanted, self.parts(path)]))  # noqa: RUF071  (of lists)
+            if common > 1 or count == 1 or os.path.dirname(path) == self.folder:
                 fits[path == given, os.path.splitext(path)[0] == given, common].append(path)
         return fits[max(fits)] if fits else []
 

@@ -34,9 +34,8 @@ class Samples(Dataset):
 def train_batches(length, batch_size, seed, epoch, rank=0, world=1, wide=None):
     """The keys, lists of (epoch, index), of one process's training batches in one epoch.
 
-    Batch k of all processes together is the k-th slice of one order of the images. The first images fill up the end, so
-    that every process has as many batches. `wide`: whether each image is wider than high; images of one orientation
-    then share a batch as far as possible, which saves padding.
+    Batch k of all processes together is the k-th slice of one order of the images, whose first fill up the end. `wide`:
+    whether each image is wider than high; images of one orientation then share batches, which saves padding.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(length, generator=generator).tolist()

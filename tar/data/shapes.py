@@ -45,11 +45,13 @@ def _upsample(grid):
     return columns // 65536
 
 
-def draw(rng):
-    """An image, uint8 [SIDE, SIDE, 3], its boxes, float32 [N, 4] xyxy in pixels, and labels, int64 [N], as rng decides.
+@lru_cache(maxsize=10_000)  # 300 MB; the runs of a table see the same images
+def draw(key):
+    """An image, uint8 [SIDE, SIDE, 3], its boxes, float32 [N, 4] xyxy in pixels, and labels, int64 [N], from seeds.
 
     A box is the whole shape's extent inside the image; 0 <= N <= MAX_OBJECTS.
     """
+    rng = np.random.default_rng(key)
     image = rng.integers(40, 216, 3) + _upsample(rng.integers(-40, 41, (5, 5, 3)))
     image += _upsample(rng.integers(-30, 31, (33, 33, 1)).repeat(3, 2))
     owner, shapes = np.full((SIDE, SIDE), -1), []
@@ -97,11 +99,6 @@ def draw(rng):
     return image.clip(0, 255).astype(np.uint8), boxes, labels
 
 
-@lru_cache(maxsize=10_000)  # 300 MB; the runs of a table see the same images
-def _drawn(key):
-    return draw(np.random.default_rng(key))
-
-
 class Shapes:
     """The source of drawn shapes, `length` images an epoch.
 
@@ -121,5 +118,5 @@ class Shapes:
 
     def load(self, epoch, index):
         key = (1, self.seed, epoch, index) if self.split == "train" else ({"test": 2, "val": 3}[self.split], index)
-        image, boxes, labels = map(torch.from_numpy, _drawn(key))
+        image, boxes, labels = map(torch.from_numpy, draw(key))
         return image.permute(2, 0, 1), boxes, labels, torch.zeros_like(labels, dtype=torch.bool)

@@ -1,9 +1,9 @@
 """Images and boxes of a data set in files, as a few flat arrays; voc.py and coco.py fill them in."""
 
-import contextlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from itertools import repeat
 from statistics import median
 
 import numpy as np
@@ -54,10 +54,8 @@ class Source:
     Args:
         files, sizes: of the images, (width, height) each; None or 0 for a side that is not known.
         boxes: float [N, 7]: number of the image; x0, y0, x1, y1, NaN for what is no box; label; ignored.
-        list_file: what lists the images, for messages.
-        keep_empty: keep images without a box that is not ignored.
-        limit: first images only; 0 for all.
-        notes: sentences that stand before the source's own.
+        list_file: what lists the images, for messages. notes: sentences that stand before the source's own.
+        keep_empty: keep images without a box that is not ignored. limit: first images only; 0 for all.
         trust: where all sizes are given, the headers of a sample of images are read, of all only if one disagrees.
     """
 
@@ -114,9 +112,8 @@ class Source:
         sizes[(sizes == 0).any(1)] = 0
         sampled = trust and len(files) > SAMPLE and bool(sizes.all())
         looked = np.linspace(0, len(files) - 1, SAMPLE).astype(int) if sampled else np.arange(len(files))
-        look = partial(read_header, exif=self.exif)
         with ThreadPoolExecutor(8) as threads:
-            headers = threads.map(look, [files[i] for i in looked], sizes[looked].tolist())
+            headers = threads.map(read_header, [files[i] for i in looked], sizes[looked].tolist(), repeat(self.exif))
             headers = {i: header for i, header in zip(looked, headers, strict=True) if header}
         others = [files[i] for i, (size, *_) in headers.items() if sizes[i].all() and (sizes[i] != size).any()]
         if others and sampled:
@@ -132,7 +129,7 @@ class Source:
         deep = [files[i] for i, (*_, mode) in headers.items() if mode[0] == "I"]
         brightest = []
         for file in deep[:: len(deep) // DEEP_SAMPLE + 1]:
-            with contextlib.suppress(UserError):  # which is said when the image is loaded
+            with suppress(UserError):  # which is said when the image is loaded
                 brightest.append(int(read_image(file).max()))
         if brightest and median(brightest) < DARK:
             self.notes += counted("16-bit images are nearly black, their values end far below 65535", deep)

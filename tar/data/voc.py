@@ -17,10 +17,11 @@ VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+LIST = "ImageSets/Main/{}.txt"  # of the names of a split's images
 SPLITS = {"test": ("trainval", "test"), "val": ("train", "val")}  # the lists to train and to test on
 
 
-def voc_source(images, classes, list_file, limit=0, exif="auto"):
+def voc_source(images, list_file, classes, limit=0, exif="auto"):
     """The Source of images as read_voc gives them; UserError for an object of another class.
 
     VOC counts pixels from 1, both ends included; the Source's corners are continuous: (xmin - 1, ymin - 1, xmax, ymax).
@@ -53,17 +54,26 @@ def voc_classes(images):
 def read_voc(data_path, years, split):
     """The images of a split, (file, XML file or None, size, objects) each, and the first file that lists them.
 
-    All years must have a list to train on, and one of them a list to test on.
+    All years must have a list to train on, and one of them a list to test on. A year's folder is data_path itself where
+    it holds JPEGImages.
     """
-    folders = voc_folders(data_path, years)
+    lists = []
+    for year in years:
+        folders = [Path(data_path, place) for place in (".", f"VOCdevkit/VOC{year}", f"VOC{year}")]
+        folders = [folder for folder in folders if os.path.isdir(folder / "JPEGImages")]
+        if not folders:
+            wanted = f"JPEGImages or VOCdevkit/VOC{year}/JPEGImages"
+            raise UserError(f"{data_path}: cannot find {wanted} here; give --data-path DIR, or --download to fetch VOC")
+        lists.append(folders[0] / LIST.format(split))
     if split in ("test", "val"):
-        folders = [folder for folder in folders if os.path.isfile(list_of(folder, split))] or folders[:1]
-    images = [image for folder in folders for image in _listed_images(folder, list_of(folder, split))]
-    return images, list_of(folders[0], split)
+        lists = [file for file in lists if os.path.isfile(file)] or lists[:1]
+    lists = list(dict.fromkeys(lists))
+    return [image for file in lists for image in _listed_images(file)], lists[0]
 
 
-def _listed_images(folder, list_file):
+def _listed_images(list_file):
     """The images of a list of names, with or without suffix and folders, perhaps with VOC's flag after them."""
+    folder = list_file.parents[2]
     images = Files(folder / "JPEGImages", stem_parts, suffixes())
     annotations = Files(folder / "Annotations", stem_parts, (".xml",))
     for entry in read_list(list_file):
@@ -75,11 +85,6 @@ def _listed_images(folder, list_file):
         if not file:
             raise UserError(f"{images.folder}: no image {entry!r}, but {list_file} lists it")
         yield file, annotation, size, objects
-
-
-def list_of(folder, split):
-    """The file that lists the images of a split."""
-    return folder / f"ImageSets/Main/{split}.txt"
 
 
 def read_list(file):
@@ -106,7 +111,9 @@ def read_annotation(file):
     Corners are xmin, ymin, xmax, ymax, as given. UserError, which names the file, if it cannot be understood.
     """
     try:
-        root, objects = _parse(Path(file).read_bytes()), []
+        data, objects = Path(file).read_bytes(), []
+        declared = re.match(rb"""\s*<\?xml[^>]*encoding\s*=\s*["']([\w.:-]+)""", data)  # any that Python knows
+        root = ElementTree.fromstring(data.decode(declared[1].decode()) if declared else data)
         for i, element in enumerate(root.findall("object"), 1):
             name = element.findtext("name", "").strip()
             corners = [number(element.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")]
@@ -120,30 +127,11 @@ def read_annotation(file):
     return size, root.findtext("filename", "").strip(), objects
 
 
-def _parse(data):
-    """The root of an XML file's bytes, in any encoding that Python knows."""
-    declared = re.match(rb"""\s*<\?xml[^>]*encoding\s*=\s*["']([\w.:-]+)""", data)
-    return ElementTree.fromstring(data.decode(declared[1].decode()) if declared else data)
-
-
-def voc_folders(data_path, years):
-    """The folders of the given years under data_path, or data_path itself where it holds JPEGImages."""
-    folders = []
-    for year in years:
-        places = [Path(data_path, place) for place in (".", f"VOCdevkit/VOC{year}", f"VOC{year}")]
-        found = [place for place in places if os.path.isdir(place / "JPEGImages")]
-        if not found:
-            wanted = f"JPEGImages or VOCdevkit/VOC{year}/JPEGImages"
-            raise UserError(f"{data_path}: cannot find {wanted} here; give --data-path DIR, or --download to fetch VOC")
-        folders += found[:1]
-    return list(dict.fromkeys(folders))
-
-
 def download_voc(data_path, years):
     """Downloads and unpacks VOC with torchvision's downloader. A split whose list is there already is kept."""
     for year in years:
         for split in ("trainval", "test") if year == "2007" else ("trainval",):
-            if os.path.isfile(list_of(Path(data_path, "VOCdevkit", f"VOC{year}"), split)):
+            if os.path.isfile(Path(data_path, f"VOCdevkit/VOC{year}", LIST.format(split))):
                 continue
             try:
                 VOCDetection(data_path, year=year, image_set=split, download=True)

@@ -45,10 +45,10 @@ class FrozenNorm(FrozenBatchNorm2d):
 
 @dataclass
 class Backbone:
-    """What a detector takes of a classifier."""
+    """What a detector takes of a classifier: its levels, finest first, the last of stride 32."""
 
     body: nn.Module  # normalised images float [B, 3, H, W] -> {"0", "1", ...: float [B, C, H / stride, W / stride]}
-    channels: list  # of these levels, finest first; the last has stride 32
+    channels: list  # of these levels
     mean: tuple = (0.485, 0.456, 0.406)  # of the input, of its three channels in 0..1
     std: tuple = (0.229, 0.224, 0.225)
 
@@ -58,15 +58,14 @@ def build_backbone(name, weights="none", norm="batch", stride=4, trained_stages=
 
     Args:
         name: a key of BACKBONES, or "timm/" and the name of a timm model with features_only.
-        weights: "imagenet" (torchvision's or timm's own, downloaded once), "none", the path of the state dict of all
-            the classifier, or a folder with one for each backbone: r50.pth, resnet18.pth for timm/resnet18.
+        weights: "imagenet" (torchvision's or timm's own, downloaded once), "none", the file of a classifier's state
+            dict, or a folder with such a file for each backbone: r50.pth, resnet18.pth for timm/resnet18.
         norm: "batch" or "frozen" (statistics and affine parameters fixed).
         stride: of the finest level, 4 or 8 pixels of the image a cell.
         trained_stages: how many of the five stages of strides 2, 4, 8, 16 and 32 train, from the last.
 
     Raises:
-        UserError: no such backbone, one without these levels, no ImageNet weights for it, no network, a file that does
-            not fit.
+        UserError: no such backbone, one without these levels, or weights that are not there or do not fit.
     """
     if weights not in ("imagenet", "none") and Path(weights).is_dir():
         weights = str(Path(weights) / f"{name.removeprefix('timm/')}.pth")
@@ -103,9 +102,8 @@ def build_classifier(name, weights="none", norm="batch"):
         try:  # a file may come without the classifier's last layers, which a detector does not use
             network.load_state_dict(read_weights(weights) | state)
         except (RuntimeError, TypeError) as error:
-            raise UserError(
-                f"--backbone-weights {weights}: not the state dict of a {name} ({one_line(error)})"
-            ) from error
+            text = f"--backbone-weights {weights}: not the state dict of a {name} ({one_line(error)})"
+            raise UserError(text) from error
     return network
 
 
@@ -187,12 +185,10 @@ def read_weights(file):
     """The state dict of --backbone-weights FILE; UserError if there is none."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"--backbone-weights {file}: no such file; {INSTEAD}") from None
-    except UnpicklingError:
-        raise UserError(f"--backbone-weights {file}: holds more than tensors; not loaded; {INSTEAD}") from None
-    except Exception as error:
-        raise UserError(f"--backbone-weights {file}: not a state dict ({one_line(error)}); {INSTEAD}") from error
+    except Exception as error:  # torch raises many kinds for a file that is no state dict
+        why = {FileNotFoundError: "no such file", UnpicklingError: "holds more than tensors; not loaded"}
+        what = why.get(type(error), f"not a state dict ({one_line(error)})")
+        raise UserError(f"--backbone-weights {file}: {what}; {INSTEAD}") from error
 
 
 def fetch(weights, what, instead):
@@ -201,18 +197,12 @@ def fetch(weights, what, instead):
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
-        raise UserError(
-            f"{what} are not at {cache} and cannot be downloaded from {weights.url} ({one_line(error)}): put the "
-            f"file there, or {instead}"
-        ) from error
+        text = f"{what} are not at {cache} and cannot be downloaded from {weights.url} ({one_line(error)})"
+        raise UserError(f"{text}: put the file there, or {instead}") from error
 
 
 def stages_of(network):
-    """The stages of strides 2, 4, 8, 16 and 32 of a backbone.
-
-    Returns:
-        the module that holds them; a list of five lists of names of its children; the channels of the last four.
-    """
+    """The stages of strides 2 to 32: their module, five lists of its children's names, channels of the last four."""
     if isinstance(network, ResNet):
         widths = [network.inplanes // 2 ** (3 - i) for i in range(4)]
         return network, [["conv1", "bn1"], ["layer1"], ["layer2"], ["layer3"], ["layer4"]], widths

@@ -5,9 +5,9 @@ generator and box coder compute in the dtype of what they are given, so every pa
 convolutions run in the autocast type, coordinates never do.
 """
 
-from collections import OrderedDict
-
+import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
@@ -28,8 +28,15 @@ STRIDES = {  # of the pyramid levels, pixels of the resized image
 }
 
 
-class FloatFPN(BackboneWithFPN):
-    """torchvision's backbone with FPN (Lin et al. 2017); its features leave as float32.
+class InFloat32:
+    """Hands what a part of a detector returns, tensors in lists, tuples or dicts, on as float32."""
+
+    def forward(self, x):
+        return tree_map(torch.Tensor.float, super().forward(x))
+
+
+class FloatFPN(InFloat32, BackboneWithFPN):
+    """torchvision's backbone with FPN (Lin et al. 2017).
 
     Args:
         body: of Backbone, with the channels of its levels.
@@ -43,31 +50,17 @@ class FloatFPN(BackboneWithFPN):
         self.body, self.out_channels = body, width
         self.fpn = FeaturePyramidNetwork(channels, width, coarser, norm)
 
-    def forward(self, x):
-        return OrderedDict((name, level.float()) for name, level in super().forward(x).items())
+
+class FloatRPNHead(InFloat32, RPNHead):
+    """torchvision's RPN head: objectness and box deltas."""
 
 
-class FloatRPNHead(RPNHead):
-    """torchvision's RPN head; scores and deltas leave as float32."""
-
-    def forward(self, x):
-        logits, deltas = super().forward(x)
-        return [level.float() for level in logits], [level.float() for level in deltas]
+class FloatRetinaNetHead(InFloat32, RetinaNetHead):
+    """torchvision's RetinaNet head: class logits and box deltas."""
 
 
-class FloatRetinaNetHead(RetinaNetHead):
-    """torchvision's RetinaNet head; logits and deltas leave as float32."""
-
-    def forward(self, x):
-        return {name: answer.float() for name, answer in super().forward(x).items()}
-
-
-class FloatPredictor(FastRCNNPredictor):
-    """torchvision's last layer of the box head; scores and deltas leave as float32."""
-
-    def forward(self, x):
-        scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+class FloatPredictor(InFloat32, FastRCNNPredictor):
+    """The last layers of torchvision's box head: class logits and box deltas."""
 
 
 def group_norm(channels):
@@ -76,28 +69,14 @@ def group_norm(channels):
 
 
 def build_detector(
-    detector,
-    backbone,
-    num_classes,
-    *,
-    backbone_weights="none",
-    norm=None,
-    trainable_layers=None,
-    fpn_channels=256,
-    pyramid_norm=None,
-    head_channels=1024,
-    anchor_scale=8,
-    min_size=600,
-    max_size=1000,
-    rois=512,
-    roi_samples=2,
+    detector, backbone, num_classes, *, backbone_weights="none", norm=None, trainable_layers=None, fpn_channels=256,
+    pyramid_norm=None, head_channels=1024, anchor_scale=8, min_size=600, max_size=1000, rois=512, roi_samples=2,
     rpn_top_n=(2000, 1000),
-):
-    """A detector with torchvision's calling convention.
+):  # fmt: skip
+    """A detector of torchvision: model(images, targets) gives losses in training, model(images) boxes in evaluation.
 
-    In training mode `model(images, targets)` returns a dict of losses, in evaluation mode `model(images)` a list
-    of {boxes [N, 4] xyxy in pixels of the given image, labels [N], scores [N]}. images: list of float [3, H, W]
-    in 0..1; targets: list of {boxes, labels}, labels from 1, 0 is the background.
+    images: list of float [3, H, W] in 0..1; targets: list of {boxes [N, 4] xyxy in pixels, labels [N] from 1}. In
+    evaluation each image's {boxes [N, 4] xyxy in pixels of the given image, labels [N], scores [N]}.
 
     Args:
         detector: "faster-rcnn" (Ren et al. 2015, with the FPN of Lin et al. 2017) or "retinanet" (Lin et al. 2017).
@@ -116,7 +95,7 @@ def build_detector(
             image after it; RetinaNet takes as many detections of each level as the second.
 
     Raises:
-        UserError: an unknown detector or backbone, or weights that cannot be had.
+        UserError: an unknown detector or backbone, or weights that are not there.
     """
     if detector not in DETECTORS:
         raise UserError(f"no detector is called {detector!r}; there are {', '.join(DETECTORS)}")
@@ -138,16 +117,14 @@ def build_detector(
         model = RetinaNet(body, classes, anchor_generator=anchors, head=head, topk_candidates=testing, **sizes)
     else:
         anchors = AnchorGenerator(tuple((anchor_scale * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-        pool = PyramidRoIAlign(
-            ["0", "1", "2", "3"], strides[:4], sampling_ratio=roi_samples, canonical_scale=28 * anchor_scale
-        )
+        pooling = {"sampling_ratio": roi_samples, "canonical_scale": 28 * anchor_scale}
         model = FasterRCNN(
             body,
             rpn_anchor_generator=anchors,
             rpn_head=FloatRPNHead(fpn_channels, anchors.num_anchors_per_location()[0]),
             **{f"rpn_{when}_nms_top_n_train": training for when in ("pre", "post")},
             **{f"rpn_{when}_nms_top_n_test": testing for when in ("pre", "post")},
-            box_roi_pool=pool,
+            box_roi_pool=PyramidRoIAlign(["0", "1", "2", "3"], strides[:4], **pooling),
             box_head=TwoMLPHead(fpn_channels * 7 * 7, head_channels),
             box_predictor=FloatPredictor(head_channels, classes),
             box_batch_size_per_image=rois,

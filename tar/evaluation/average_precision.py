@@ -35,24 +35,21 @@ def voc_curve(results, label):
     """
     scores, right, total = [], [], 0
     for r in results:
-        truth, found = r["gt_labels"] == label, r["labels"] == label
-        difficult, taken = r["gt_ignored"][truth], set()
-        total += int((~difficult).sum())
+        truth, found = r["gt_labels"] == label, np.flatnonzero(r["labels"] == label)
+        found = found[np.argsort(-r["scores"][found], kind="stable")]
+        difficult = np.append(False, r["gt_ignored"][truth])  # box 0 stands for no box
+        total += np.count_nonzero(~difficult[1:])
         iou = box_iou(*(torch.from_numpy(boxes) for boxes in (r["boxes"][found], r["gt_boxes"][truth]))).numpy()
-        iou = np.pad(iou, ((0, 0), (0, 1)))  # one more box, which nothing overlaps: there may be none
-        for i in np.argsort(-r["scores"][found], kind="stable"):
-            best = int(iou[i].argmax())
-            hit = iou[i, best] >= 0.5
-            if hit and difficult[best]:
-                continue
-            scores.append(r["scores"][found][i])
-            right.append(hit and best not in taken)
-            if hit:
-                taken.add(best)
+        iou = np.pad(iou, ((0, 0), (1, 0)))
+        best = np.where(iou.max(1) >= 0.5, iou.argmax(1), 0)
+        first = np.isin(np.arange(len(best)), np.unique(best, return_index=True)[1])
+        counts = ~difficult[best]
+        scores.append(r["scores"][found][counts])
+        right.append((first & (best > 0))[counts])
     if total == 0:
         return None
-    order = np.argsort(-np.array(scores), kind="stable")
-    right = np.cumsum(np.array(right, dtype=bool)[order])
+    order = np.argsort(-np.concatenate(scores), kind="stable")
+    right = np.cumsum(np.concatenate(right)[order])
     return right / total, right / np.arange(1, len(right) + 1)
 
 

@@ -22,22 +22,19 @@ def open_runs(folders):
     Runs of one name get the parent folder's name before it. UserError for a folder without an ended run, one that is
     named twice, or runs that were not measured on the same images and classes.
     """
-    runs = []
+    runs, tests, names = [], [], [Path(folder).name for folder in folders]
     for folder in map(Path, folders):
         if any(folder.resolve() == run.folder.resolve() for run in runs):
             raise UserError(f"{folder}: named twice")
         if not (folder / "result.json").is_file():
             raise UserError(f"{folder}: has no result.json: no folder of a run, or the run has not ended")
         run = SimpleNamespace(name=folder.name, folder=folder, weights=folder / "last.pth")
+        if names.count(run.name) > 1:
+            run.name = f"{folder.resolve().parent.name}/{run.name}"
         run.settings, run.result = read_json(folder / "config.json"), read_json(folder / "result.json")
         run.log = read_log(folder / "log.jsonl")
         runs.append(run)
-    names = [run.name for run in runs]
-    for run in runs:
-        if names.count(run.name) > 1:
-            run.name = f"{run.folder.resolve().parent.name}/{run.name}"
-    keys = ("dataset", "split", "test_images")
-    tests = [[*(run.result[key] for key in keys), *run.result["per_class"]] for run in runs]
+        tests.append([*(run.result[key] for key in ("dataset", "split", "test_images")), *run.result["per_class"]])
     if any(test != tests[0] for test in tests):
         shown = "; ".join(f"{run.name}: {listed(test, 8)}" for run, test in zip(runs, tests, strict=True))
         raise UserError(f"these runs cannot be compared, their test images or classes are not the same: {shown}")
@@ -46,7 +43,7 @@ def open_runs(folders):
 
 @torch.inference_mode()
 def figures(runs, test_set, process):
-    """{run: {figure: value}} of each run; latencies are measured here, one run after the other."""
+    """{run: {figure: value}}; latencies are measured here, one run after the other."""
     image, columns = test_set.load(0, 0)[0].float() / 255, {}
     for run in runs:
         model, saved = checkpoint.load_detector(run.weights)

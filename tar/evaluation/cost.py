@@ -18,8 +18,7 @@ def latency(model, source, device, autocast):
         batch, _ = to_device([source.load(0, index)[0]], [], device)
         started = time.perf_counter()
         with autocast:
-            scores = model(batch)[0]["scores"]
-        scores.cpu()  # waits for the device
+            model(batch)[0]["scores"].cpu()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return 1000 * median(seconds[3:] or seconds)  # the first are warm-up
 
@@ -27,8 +26,8 @@ def latency(model, source, device, autocast):
 def cost_of_distillation(step, teacher, loader, optimizer, process):
     """The time of a distillation step over the time of a plain step: a ratio of medians over the loader's batches.
 
-    step is a DistillationStep, optimizer that of its parameters. The run is over by then: the learning rate is set
-    to 0, and the gradients are not averaged over processes.
+    step: a DistillationStep whose run is over: the learning rate is set to 0, and gradients are not averaged over
+    processes. optimizer: that of its parameters.
     """
 
     def train_on(images, targets, teacher):

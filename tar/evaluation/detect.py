@@ -18,14 +18,22 @@ def detect(model, source, device, batch_size=1, workers=0, rank=0, world=1, prog
     model.eval()
     batches = test_batches(len(source), batch_size, rank, world)
     for images, targets in progress(make_loader(source, False, batches, workers=workers)):
-        for target, found in zip(targets, model(to_device(images, [], device)[0]), strict=True):
-            foreground = found["labels"] > 0  # torchvision's RetinaNet may answer with the background
-            found = {key: value[foreground].cpu() for key, value in found.items()}
-            found = {key: (value if key == "labels" else value.float()).numpy() for key, value in found.items()}
-            ground_truth = {f"gt_{key}": target[key].numpy() for key in ("boxes", "labels", "ignored")}
-            results.append({"image_id": target["image_id"], **ground_truth, **found})
+        for target, found in zip(targets, detections(model, images, device), strict=True):
+            row = {f"gt_{key}": target[key] for key in ("boxes", "labels", "ignored")} | found
+            results.append({"image_id": target["image_id"], **{key: value.numpy() for key, value in row.items()}})
     model.train(was_training)
     return results
+
+
+@torch.inference_mode()
+def detections(model, images, device="cpu", threshold=0.0):
+    """A dict for each image uint8 [3, H, W]: its boxes [D, 4], labels [D] and scores [D] >= threshold, on the CPU."""
+    found = model(to_device(images, [], device)[0])
+    for each in found:
+        kept = (each["labels"] > 0) & (each["scores"] >= threshold)  # torchvision's RetinaNet may find the background
+        for key, value in each.items():
+            each[key] = value[kept].cpu() if key == "labels" else value[kept].float().cpu()
+    return found
 
 
 def evaluate(model, source, device, voc=False, batch_size=1, workers=0, progress=iter, group=None):

@@ -36,11 +36,7 @@ def gaussian_mask(boxes, height, width, stride, sigma2=2.0):
 def _gaussians(boxes, sizes, strides, sigma2):
     """gaussian_mask() of all levels in one pass over the boxes (a Gaussian is one along x times one along y).
 
-    Args:
-        boxes: float [..., N, 4], N > 0; sizes: (height, width) of each level.
-
-    Returns:
-        list of L float [..., H_l, W_l].
+    boxes: float [..., N, 4], N > 0; sizes: (height, width) of each level. Returns a list of L float [..., H_l, W_l].
     """
     profiles = []
     for axis in (0, 1):  # x, then y, at the cell centres of all levels one after the other
@@ -111,13 +107,8 @@ class Adapter(nn.Conv2d):
     def in_cells(self, features, cells):
         """The convolution's output in some cells only: their 3x3 neighbourhoods are the rows of one matrix product.
 
-        Args:
-            features: [B, C, H, W].
-            cells: image, row and column of n cells, three int64 [n].
-
-        Returns:
-            [n, C']. The gradient adds the neighbours in autocast's type: in bf16 it is off by 0.5%, that of the whole
-            convolution by 0.3%.
+        features: [B, C, H, W]; cells: image, row and column of n cells, three int64 [n]. Returns [n, C']. The gradient
+        adds the neighbours in autocast's type: in bf16 it is off by 0.5%, that of the whole convolution by 0.3%.
         """
         image, row, column = cells
         device = features.device.type
@@ -156,17 +147,12 @@ def adapted_features(adapters, features, teacher_features, masks, sparse):
 
 
 def backbone_normalizer(teacher, masks, kind="energy"):
-    """What the backbone level's sum is divided by, this process's part of it.
+    """What the backbone level's sum is divided by, this process's part of it: a scalar tensor, 0 without boxes.
 
         energy:  Z = sum_l sum_ij M_l[ij] * sum_c teacher_l[c, ij]^2     (a choice; the loss does not depend on scale)
         cells:   Z = sum_l sum_ij M_l[ij]                                (the paper's)
 
-    Args:
-        teacher, masks: as backbone_loss().
-        kind: one of BACKBONE_NORMS.
-
-    Returns:
-        scalar tensor; 0 without boxes.
+    teacher, masks: as backbone_loss(). kind: one of BACKBONE_NORMS.
     """
     if kind == "cells":
         return sum(m.sum() for m in masks)

@@ -1,9 +1,8 @@
 """Region proposal sharing: the regions at which both models' heads run, and what the heads give there.
 
 Faster R-CNN: the regions that the student's own box head trains on in this step. The teacher's box head runs on the
-positive ones among them; the others have no distillation term. RetinaNet: the anchors, the same for both models.
-The teacher runs its backbone and its head: no suppression, no post-processing, and an RPN for `--proposals` and
-`--no-sharing` only.
+positive ones among them; the others have no distillation term. The teacher's RPN runs for `--proposals` and
+`--no-sharing` only. RetinaNet: the anchors, the same for both models.
 """
 
 from dataclasses import dataclass
@@ -119,16 +118,10 @@ def retinanet_outputs(student, features, images, targets, teacher=None, teacher_
 
 
 def box_head(model, features, regions, image_sizes):
-    """A Faster R-CNN's box head at given regions.
+    """A Faster R-CNN's box head at given regions, in the model's own features {name: [B, C, H_l, W_l]}.
 
-    Args:
-        model: teacher or student.
-        features: its own pyramid, OrderedDict of [B, C, H_l, W_l].
-        regions: list of B float [R, 4] xyxy in pixels of the resized image.
-        image_sizes: list of B (height, width) of the resized images.
-
-    Returns:
-        class logits [B * R, classes + 1]; box deltas [B * R, 4 * (classes + 1)].
+    regions: list of B float [R, 4] xyxy in pixels of the resized image; image_sizes: list of B (height, width).
+    Returns class logits [B * R, classes + 1]; box deltas [B * R, 4 * (classes + 1)].
     """
     heads = model.roi_heads
     return heads.box_predictor(heads.box_head(heads.box_roi_pool(features, regions, image_sizes)))
@@ -148,10 +141,8 @@ def nearest_proposals(proposals, teacher_proposals, targets, least=0.5):
     rows = []
     for mine, theirs, target in zip(proposals, teacher_proposals, targets, strict=True):
         gt_boxes, labels = target["boxes"], target["labels"]
-        if not len(mine) or not len(theirs):
-            gt_boxes, labels = gt_boxes[:0], labels[:0]
-        if not len(gt_boxes):
-            rows.append((gt_boxes, gt_boxes, labels, gt_boxes))
+        if not (len(gt_boxes) and len(mine) and len(theirs)):
+            rows.append((gt_boxes[:0], gt_boxes[:0], labels[:0], gt_boxes[:0]))
             continue
         overlap, best = box_iou(gt_boxes, mine).max(1)
         near = overlap >= least

@@ -110,12 +110,7 @@ class DistillationStep(nn.Module):
         return detection, distillation, seen
 
     def masks(self, images, targets, maps):
-        """Where the backbone level imitates: a list of L float [B, H_l, W_l].
-
-        Args:
-            images, targets: after the student's transform.
-            maps: list of L tensors [B, C, H_l, W_l], for their sizes.
-        """
+        """The masks of a transformed batch: L float [B, H_l, W_l], as large as the maps [B, C, H_l, W_l]."""
         settings = self.settings
         anchors = anchor_generator(self.student)(images, maps) if settings.mask == "fine-grained" else None
         return pyramid_masks(targets, maps, self.student.strides, settings.mask, settings.sigma2, anchors)
@@ -155,13 +150,10 @@ def teacher_pixels(student, teacher, pixels, image_sizes):
 
 
 def total_per_process(count, least=0.0, device=None):
-    """A count or a sum over all processes, at least `least`, divided by the number of processes.
+    """A count or a sum over all N processes, at least `least`, divided by N: a scalar tensor without gradient.
 
-    DDP averages the gradients of N processes; each process's sum over (total / N) therefore gives the gradient of
-    one process with the whole batch.
-
-    Args:
-        count: a scalar tensor, or a number, which is put on the device. The total has no gradient.
+    DDP averages the gradients of the processes: a process's sum over (total / N) gives the gradient of one process with
+    the whole batch. count: a scalar tensor, or a number, which is put on the device.
     """
     if isinstance(count, torch.Tensor):
         total = count.detach().clone() if count.is_floating_point() else count.float()

@@ -2,7 +2,7 @@
 
 import html
 import math
-from itertools import chain
+from itertools import chain, cycle
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 560, 240, 52, 10, 24  # pixels of the lines' area, and of its margins
 COLOURS = ("#3b62b5", "#d4761c", "#2b8a4b", "#b0306a", "#6d4fb8", "#0f8aa0", "#8a6d1d", "#777777")
@@ -16,15 +16,14 @@ CHARTS = {  # of a run: title, and how the names of its lines begin in the log
 
 def training_charts(runs):
     """Charts of the logs of some runs, as HTML: the AP of all, then CHARTS of each run."""
-    curves, charts = {}, []
+    curves, charts = {}, ""
     for run in runs:
         curves[run.name] = [(line["epoch"], line["metrics"]["AP"]) for line in run.log if "metrics" in line]
-        names = dict.fromkeys(chain(*run.log))  # in order
         for title, start in CHARTS.items():
-            wanted = [name for name in names if name.startswith(start)]
+            wanted = dict.fromkeys(name for name in chain(*run.log) if name.startswith(start))  # in order
             lines = {name: [(line["step"], line[name]) for line in run.log if name in line] for name in wanted}
-            charts.append(chart(f"{run.name}: {title}, over steps", lines))
-    return chart("AP, percent, over epochs", curves) + "".join(charts)
+            charts += chart(f"{run.name}: {title}, over steps", lines)
+    return chart("AP, percent, over epochs", curves) + charts
 
 
 def chart(title, lines):
@@ -51,8 +50,7 @@ def chart(title, lines):
     for value in ticks(low_x, max(xs)):
         x, y = place(value, low_y)
         marks += f'<text x="{x:.1f}" y="{y + 18}" text-anchor="middle">{value:g}</text>'
-    for i, (name, line) in enumerate(lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
+    for colour, (name, line) in zip(cycle(COLOURS), lines.items(), strict=False):
         points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in [line[0], *line])  # one point: a dot
         marks += f'<polyline points="{points}" stroke="{colour}" stroke-width="3" stroke-linecap="round" fill="none"/>'
         key += f'<span style="color:{colour}">&#9632; {html.escape(name)}</span> '

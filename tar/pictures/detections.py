@@ -3,30 +3,19 @@
 import os
 from pathlib import Path
 
-import torch
-
 from tar import UserError
 from tar.data.image_files import files_in, read_image, suffixes
-from tar.data.loader import to_device
 from tar.data.source import counted
 from tar.evaluation.average_precision import coco_annotations
+from tar.evaluation.detect import detections
 from tar.pictures.tiles import WIDE, with_objects
 from tar.training import checkpoint
-
-
-@torch.inference_mode()
-def detect_one(model, image, threshold, device="cpu"):
-    """Boxes [D, 4], labels [D] and scores [D] not below a threshold, of an image uint8 [3, H, W]; on the CPU."""
-    found = model(to_device([image], [], device)[0])[0]
-    kept = (found["scores"] >= threshold) & (found["labels"] > 0)
-    return found["boxes"][kept].float().cpu(), found["labels"][kept].cpu(), found["scores"][kept].float().cpu()
 
 
 def predict(model, classes, paths, process, threshold, folder):
     """Detections on image files: each image drawn into a folder, and all as detections.json in COCO's format.
 
-    A file that cannot be read is left out, with a line that names it; if none can, it is a UserError.
-    Returns the number of images and the number of detections.
+    A file that cannot be read is named and left out; UserError if none can. Returns how many images and detections.
     """
     files, others = image_files(paths)
     for note in counted("Left out, no images by their names", others):
@@ -40,17 +29,15 @@ def predict(model, classes, paths, process, threshold, folder):
             process.say(f"Left out: {error}")
             continue
         with process.autocast():
-            boxes, labels, scores = detect_one(model, image, threshold, process.device)
-        side = min(max(*image.shape[1:], WIDE), 1600)
-        picture = with_objects(image, boxes, labels, classes, scores, side)
+            [found] = detections(model, [image], process.device, threshold)
+        picture = with_objects(image, found, classes, side=min(max(*image.shape[1:], WIDE), 1600))
         picture.save(folder / f"{number:06d}-{Path(file).stem[:60]}.png")
         images.append({"id": number, "file_name": file, "width": image.shape[2], "height": image.shape[1]})
-        annotations += coco_annotations(number, boxes, labels, "score", scores)
+        annotations += coco_annotations(number, found["boxes"], found["labels"], "score", found["scores"])
     if not images:
         raise UserError(f"{files[0]}: none of {len(files)} files can be read as an image")
-    categories = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
-    annotations = [{"id": number, **annotation} for number, annotation in enumerate(annotations, 1)]
-    coco = {"images": images, "annotations": annotations, "categories": categories}
+    coco = {"images": images, "annotations": [{"id": i, **each} for i, each in enumerate(annotations, 1)]}
+    coco["categories"] = [{"id": label, "name": name} for label, name in enumerate(classes, 1)]
     checkpoint.save_json(folder / "detections.json", coco)
     return len(images), len(annotations)
 

@@ -1,7 +1,7 @@
 """A trained detector as one file that runs without this package: TorchScript or ONNX (--export).
 
-torch.export stops in torchvision's detectors at a guard on the number of boxes (torch 2.15). torch.jit.script and the
-ONNX exporter that traces are deprecated and work. Both need torchvision's own classes: ours are subclasses of them.
+Both exporters are deprecated, but torch.export stops in torchvision's detectors at a guard on the number of boxes
+(torch 2.15). Both need torchvision's own classes: ours are subclasses of them.
 """
 
 import copy
@@ -29,8 +29,8 @@ def export(model, file):
         raise UserError(f"--export {file}: needs a package more: pip install onnx")
     model = copy.deepcopy(model).cpu().float().eval()
     for module in model.modules():
-        ours, parent = type(module).__module__.startswith("tar."), type(module).__mro__[1]
-        if ours and parent is not torch.nn.Module:
+        parent = next(kind for kind in type(module).__mro__ if not kind.__module__.startswith("tar."))
+        if parent is not torch.nn.Module:
             module.__class__ = parent
     names = ["boxes", "scores", "labels"] if isinstance(model, RetinaNet) else ["boxes", "labels", "scores"]
     axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}

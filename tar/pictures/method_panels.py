@@ -13,7 +13,7 @@ OBJECTS, CLASSES = 6, 5  # objects whose soft labels are drawn; their likeliest 
 
 def method_rows(view, classes, level=None):
     """Rows of tiles: of one level ("backbone", "cls", "reg"), or of all three."""
-    truth = "ground truth", with_objects(view.image, view.target["boxes"], view.target["labels"], classes)
+    truth = "ground truth", with_objects(view.image, view.target, classes)
     errors = heat_row(view, view.errors, "|adapter(F_S) - F_T| on {}, max {:.2f}")
     rows = {
         "backbone": [[truth, *heat_row(view, view.masks, "mask on {}")], errors],

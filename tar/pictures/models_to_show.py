@@ -1,12 +1,11 @@
 """The models of a picture: a student, its teacher, and a plain student beside them."""
 
 import os
-from dataclasses import replace
 
 from tar import UserError
 from tar.detectors.coco_teacher import build_coco_teacher
+from tar.evaluation.detect import detections
 from tar.method.step import DistillationStep
-from tar.pictures.detections import detect_one
 from tar.pictures.images_to_show import flags_of
 from tar.pictures.method_panels import method_rows
 from tar.pictures.step_on_image import step_on_image
@@ -16,33 +15,32 @@ from tar.training.flags import distillation_settings
 
 
 class ModelsToShow:
-    """A student, its adapters, its teacher or None, and perhaps a plain student to compare it with, on the CPU.
+    """The models of checkpoints, on the CPU. teacher_weights: by default that of the student's settings, if any.
 
-    Args: checkpoints; the teacher's by default that of the student's settings.
-    Raises UserError: a file that is not there, or models that do not belong together.
+    UserError: a file that is not there, or models that do not belong together.
     """
 
     def __init__(self, weights, teacher_weights=None, plain_weights=None):
         student, saved = checkpoint.load_detector(weights)
-        self.classes, settings = saved["classes"], flags_of(saved["settings"])
+        self.classes, self.teacher, settings = saved["classes"], None, flags_of(saved["settings"])
         self.models = {"plain student": read_other(plain_weights, weights, saved)} if plain_weights else {}
         self.models["TAR student" if settings.teacher else "student"] = student
-        teacher_weights, self.teacher = teacher_weights or settings.teacher_weights, None
+        teacher_weights = teacher_weights or settings.teacher_weights
         if teacher_weights == "coco":
             self.teacher = build_coco_teacher(settings.detector, self.classes, *settings.size)[0]
         elif teacher_weights and not os.path.isfile(teacher_weights):
             raise UserError(f"{teacher_weights}: the teacher of {weights} is not there; give --teacher-weights FILE")
         elif teacher_weights:
             self.teacher = read_other(teacher_weights, weights, saved)
-        distillation, adapters, width = distillation_settings(settings), {}, None
-        if self.teacher:
-            self.models["teacher"] = self.teacher
-            adapters, width = saved["adapters"], self.teacher.backbone.out_channels
-        if not adapters:
-            distillation = replace(distillation, weight_backbone=0.0)
-        self.step = DistillationStep(student, distillation, width).eval()
+        if self.teacher is None:
+            return
+        self.models["teacher"] = self.teacher
+        if not saved["adapters"]:  # a plain student has none
+            settings.weight_backbone = 0.0
+        width = self.teacher.backbone.out_channels
+        self.step = DistillationStep(student, distillation_settings(settings), width).eval()
         try:
-            self.step.adapters.load_state_dict(adapters)
+            self.step.adapters.load_state_dict(saved["adapters"])
         except RuntimeError:
             raise UserError(f"{weights}: its adapters do not lead to this teacher's features") from None
 
@@ -55,12 +53,11 @@ class ModelsToShow:
         if self.teacher:
             rows = method_rows(step_on_image(self.step, self.teacher, image, target), self.classes, level)
         if level is None or not rows:
-            row = [("ground truth", with_objects(image, target["boxes"], target["labels"], self.classes, side=WIDE))]
+            row = {"ground truth": target}
             for name, model in self.models.items():
-                boxes, labels, scores = detect_one(model, image, threshold)
-                picture = with_objects(image, boxes, labels, self.classes, scores, WIDE)
-                row.append((f"{name}: {len(boxes)} at {threshold:g} or more", picture))
-            rows.append(row)
+                [found] = detections(model, [image], threshold=threshold)
+                row[f"{name}: {len(found['boxes'])} at {threshold:g} or more"] = found
+            rows.append([(text, with_objects(image, each, self.classes, WIDE)) for text, each in row.items()])
         return sheet(rows, title)
 
 

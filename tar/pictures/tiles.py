@@ -28,12 +28,13 @@ def with_boxes(image, boxes=(), colours=(), names=None, side=SMALL):
     return v2.to_pil_image(image)
 
 
-def with_objects(image, boxes, labels, classes, scores=None, side=SMALL):
-    """The same with the boxes' classes and scores; the first box lies on top."""
-    names = [classes[label - 1] for label in labels.tolist()]
-    if scores is not None:
-        names = [f"{name} {score:.2f}" for name, score in zip(names, scores.tolist(), strict=True)]
-    return with_boxes(image, boxes.flip(0), [*map(class_colour, labels.flip(0))], names[::-1], side)
+def with_objects(image, found, classes, side=SMALL):
+    """The same with the classes of boxes, and their scores if any; the first box lies on top. found: a dict of them."""
+    found = {key: value.flip(0) for key, value in found.items()}
+    names = [classes[label - 1] for label in found["labels"]]
+    if "scores" in found:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"], strict=True)]
+    return with_boxes(image, found["boxes"], [*map(class_colour, found["labels"])], names, side)
 
 
 def with_heat(image, values, stride, highest):

@@ -35,7 +35,7 @@ def table_text(table):
         line |= {name: spread([run[f] for run in runs]) for f, name in FIGURES.items() if voc or "voc" not in f}
         line["over plain"] = None if row["kind"] == PLAIN else gain(runs, plain, main)
         line["over equal cost"] = gain(runs, _equal_cost(runs, plain, rows), main) if distilled else None
-        line["over teacher"] = gain(runs, runs_of.get(row["teacher_row"], []), main) if row["whole"] else None
+        line["over teacher"] = gain(runs, runs_of.get(row["teacher_row"], []), main)
         line |= {"paper (r50)": row["paper"]} if table["papers"] else {}
         if runs:
             line |= {"cost": f"{_mean('cost', runs):.2f}" if distilled else None, "gate open": _gate(runs)}
@@ -70,9 +70,8 @@ def _equal_cost(runs, plain, rows):
     if not plain or not runs:
         return []
     least = max(math.ceil(plain[0]["epochs"] * _mean("cost", runs) - 1e-9), plain[0]["epochs"] + 1)
-    equal = [row["runs"] for row in rows if row["kind"] == EQUAL and row["runs"]]
-    longer = [runs for runs in equal if runs[0]["epochs"] >= least]
-    return min(longer, key=lambda runs: runs[0]["epochs"], default=[])
+    equal = [row["runs"] for row in rows if row["kind"] == EQUAL and row["runs"] and row["runs"][0]["epochs"] >= least]
+    return min(equal, key=lambda runs: runs[0]["epochs"], default=[])
 
 
 def _gate(runs):

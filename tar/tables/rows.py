@@ -7,7 +7,6 @@ from tar.tables.print_table import DISTILLED, EQUAL, PLAIN, TEACHER
 from tar.training.flags import DISTILLATION, LEVELS, parse
 from tar.training.run_folder import changed, teacher_of
 
-TEACHERS_FLAGS = {"teacher", "teacher_weights", "teacher_epochs"}  # flags that a row of the whole method may change
 CONSTANT = {"decay": "none", "decay_end": 1.0}  # flags of a row without decay
 
 
@@ -22,6 +21,12 @@ def variants(title, flag, values, others):
     return [(title.format(value), DISTILLED, {**others, flag: value}) for value in values]
 
 
+def with_teacher(backbone, paper=None, teachers_paper=None):
+    """A row of the whole method with another teacher, and this teacher's row."""
+    flags = {"teacher": backbone}
+    return [(f"TAR from {backbone}", DISTILLED, flags, paper), (f"teacher {backbone}", TEACHER, flags, teachers_paper)]
+
+
 # Rows are (title, kind, flags that are not the table's, the paper's figure); a missing end: no such flags, no figure.
 PLAIN_ROW, TEACHER_ROW = ("student, no distillation", PLAIN), ("teacher", TEACHER)
 LEVEL_ROWS = [
@@ -33,18 +38,8 @@ LEVEL_ROWS = [
     ("all three levels, decay", DISTILLED, {}, 74.5),
     (*TEACHER_ROW, {}, 74.3),
 ]
-COCO_ROWS = [
-    (*PLAIN_ROW, {}, 36.3),
-    ("TAR from r101", DISTILLED, {"teacher": "r101"}, 39.0),
-    ("teacher r101", TEACHER, {"teacher": "r101"}, 38.5),
-    ("TAR from r152", DISTILLED, {"teacher": "r152"}, 39.9),
-    ("teacher r152", TEACHER, {"teacher": "r152"}),
-]
-LARGER_TEACHERS = [
-    (title.format(backbone), kind, {"teacher": backbone})
-    for backbone in ("r18", "r34", "r50", "r101")
-    for title, kind in (("TAR from {}", DISTILLED), ("teacher {}", TEACHER))
-]
+COCO_ROWS = [(*PLAIN_ROW, {}, 36.3), *with_teacher("r101", 39.0, 38.5), *with_teacher("r152", 39.9)]
+LARGER_TEACHERS = [row for backbone in ("r18", "r34", "r50", "r101") for row in with_teacher(backbone)]
 BETWEEN = {  # rows between the plain student's and the teacher's
     "retinanet": [("TAR", DISTILLED, {}, "+2.3")],
     "claim": [("TAR", DISTILLED)],
@@ -78,16 +73,11 @@ class Row:
     command: str = ""
     runs: list = field(default_factory=list)  # one a seed, as run_table.summary_of() returns them
 
-    def flags(self, args, epochs=None):
-        """The flags of the row's runs but for the seed; epochs: of a row of equal cost."""
+    def flags(self, args):
+        """The flags of the row's runs, but for the seed, and the epochs of a row of equal cost."""
         args = changed(args, **self.changes)
-        if self.kind == DISTILLED:
-            return args
-        if self.kind == TEACHER:
-            args = teacher_of(args)
-        alone = {"teacher": None, "teacher_weights": None, "epochs": epochs or args.epochs}
-        usual = vars(parse(["--recipe", args.recipe or args.dataset]))
-        return changed(args, **alone, **{name: usual[name] for name in DISTILLATION})
+        args = teacher_of(args) if self.kind == TEACHER else args
+        return args if self.kind == DISTILLED else changed(args, teacher=None, teacher_weights=None)
 
 
 def rows_of(args, parent):
@@ -106,7 +96,7 @@ def rows_of(args, parent):
         ]
     titles = {row.changes.get("teacher"): row.title for row in rows if row.kind == TEACHER}
     for row in rows:
-        if row.kind == DISTILLED and row.changes.keys() <= TEACHERS_FLAGS:
+        if row.kind == DISTILLED and row.changes.keys() <= {"teacher", "teacher_weights", "teacher_epochs"}:
             row.whole, row.teacher_row = True, titles.get(row.changes.get("teacher"))
     return rows
 

@@ -29,7 +29,7 @@ def run_table(args, process, train):
     parent = Path(args.output or ("runs" if args.table else "runs/demo"))
     rows = rows_of(args, parent)
     for row in rows:  # before the first is trained
-        if wrong := contradiction(row.flags(args)):
+        if row.kind == DISTILLED and (wrong := contradiction(row.flags(args))):
             raise UserError(f"--table {args.table}, row {row.title}: {wrong}")
         if with_teacher and row.changes.get("teacher"):
             text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
@@ -38,8 +38,10 @@ def run_table(args, process, train):
     table["papers"] = args.dataset == TABLE_DATASETS.get(args.table)  # else its figures are of other data
     process.runs_ahead = 0.0 if args.table else ALL_OVER_TEACHER
     file = parent / f"table-{table['table']}-{args.dataset}-{args.detector}.json"
-    for row in sorted(rows, key=lambda row: row.kind == EQUAL):
-        flags = row.flags(args, epochs_of_equal_cost(args, rows, process) if row.kind == EQUAL else None)
+    for row in rows:  # that of equal cost is the last
+        flags = row.flags(args)
+        if row.kind == EQUAL:
+            flags.epochs = epochs_of_equal_cost(args, rows, process)
         row.command = command_of(flags)
         for seed in range(args.seed, args.seed + args.seeds):
             title = f"{row.title}, seed {seed}" if args.seeds > 1 else row.title
@@ -80,13 +82,11 @@ def summary_of(result, folder, seed):
     except UserError as error:  # the figures do not hang on a log
         print(f"Curve and gate are left out: {error}")
         log = []
-    return {
-        **{"seed": seed, "folder": folder.name, "device": result["environment"]["device"]},
-        **chosen(result, ("cost", "parameters", "ms_per_image", "epochs", "seconds", *FIGURES)),
-        "curve": [[line["epoch"], chosen(line["metrics"])] for line in log if "metrics" in line],
-        "gate": gate_by_quarter(log),
-        "per_class": {name: chosen(figures) for name, figures in result["per_class"].items()},
-    }
+    about = {"seed": seed, "folder": folder.name, "device": result["environment"]["device"]}
+    about |= chosen(result, ("cost", "parameters", "ms_per_image", "epochs", "seconds", *FIGURES))
+    curve = [[line["epoch"], chosen(line["metrics"])] for line in log if "metrics" in line]
+    per_class = {name: chosen(figures) for name, figures in result["per_class"].items()}
+    return {**about, "curve": curve, "gate": gate_by_quarter(log), "per_class": per_class}
 
 
 def gate_by_quarter(log):

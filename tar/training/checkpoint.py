@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import warnings
 import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,8 +19,7 @@ PREVIOUS = "previous.pth"
 def save(path, state):
     """Writes a checkpoint; keeps the one before it as previous.pth. UserError: it cannot be written.
 
-    state: tensors and plain values; with "model" (a state dict), "build" (the arguments of build_detector), "classes"
-    and "settings" (flags).
+    state: tensors and plain values; with model (a state dict), build (arguments of build_detector), classes, settings.
     """
     _write(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=Path(path).with_name(PREVIOUS))
 
@@ -57,16 +55,17 @@ def _write(path, write, keep=None):
 def load(path):
     """Reads a checkpoint onto the CPU; code inside a file never runs. UserError: no such file, or none of ours."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch warns of a TorchScript file before it refuses it
-            state = torch.load(path, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as file:
+            if any(name.endswith("/constants.pkl") for name in file.namelist()):
+                raise ValueError("a TorchScript file; give the last.pth of a run")
             if file.testzip():  # torch does not look at the checksums
                 raise ValueError("damaged, its content does not fit its checksums")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        unsafe = "it holds more than tensors and plain values, or is cut short"
-        what = unsafe if isinstance(error, UnpicklingError) else one_line(error)
+        known = {UnpicklingError: "more than tensors and plain values", zipfile.BadZipFile: "no zip file, or cut short"}
+        what = known.get(type(error), one_line(error))
         raise UserError(f"{path}: cannot be read as a checkpoint ({what})") from error
     if not isinstance(state, dict) or not {"format", "model", "build", "classes", "settings"} <= state.keys():
         raise UserError(f"{path}: not a checkpoint of train.py: it has no settings and classes")

@@ -145,15 +145,11 @@ def parse(argv=None):
     if args.decay in ("none", "step"):  # which do not reach 0
         recipe["decay_end"] = 1.0
     args = Namespace(**{**recipe, **vars(args)})
-    from_scratch = args.backbone_weights == "none"
-    if args.trainable_layers is None:
-        args.trainable_layers = 5 if from_scratch else 3
-    args.pyramid_norm = args.pyramid_norm or ("batch" if from_scratch else "none")
-    if args.weight_backbone is None:
-        args.weight_backbone = usual_backbone_weight(args)
-    for level in LEVELS:
-        if getattr(args, f"no_{level}"):
-            setattr(args, f"weight_{level}", 0.0)
+    layers, norm = (5, "batch") if args.backbone_weights == "none" else (3, "none")
+    usual = {"trainable_layers": layers, "pyramid_norm": norm, "weight_backbone": usual_backbone_weight(args)}
+    missing = {name: value for name, value in usual.items() if getattr(args, name) is None}
+    off = {f"weight_{level}": 0.0 for level in LEVELS if getattr(args, f"no_{level}")}
+    args = Namespace(**{**vars(args), **missing, **off})
     if wrong := contradiction(args):
         p.error(wrong)
     if args.teacher and not distillation_settings(args).weights():  # the plain student: no teacher is needed
@@ -165,12 +161,12 @@ def contradiction(args):
     """Which flags, taken together, would train something else than they say: a line, or None."""
     usual = {**vars(parser().parse_args([])), **RECIPES[args.recipe or args.dataset]}
     usual["weight_backbone"] = usual_backbone_weight(args)
-    off = [f"--no-{level}" for level in LEVELS if getattr(args, f"no_{level}")]
 
     def given(names):
         return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != usual[name]]
 
-    distils = args.student and not (args.teacher or args.table) and off + given(DISTILLATION)
+    plain = args.student and not (args.teacher or args.table)
+    distilling = given((*(f"no_{level}" for level in LEVELS), *DISTILLATION))
     needs_student = args.teacher or args.teacher_weights or args.dataset != "shapes"
     other_regions = args.detector == "retinanet" and (args.no_sharing or args.proposals != "student")
     all_regions, (low, high) = args.soft_labels == "all", args.size
@@ -178,7 +174,7 @@ def contradiction(args):
         (needs_student and not (args.student or args.table or args.check_data), "--student BACKBONE is missing"),
         (args.teacher_weights and args.student and not args.teacher, "--teacher-weights needs --teacher BACKBONE"),
         (args.teacher_weights and args.teacher_epochs, "--teacher-epochs: --teacher-weights is trained already"),
-        (distils, f"{(distils or [''])[0]} needs --teacher BACKBONE"),
+        *((plain, f"{flag} needs --teacher BACKBONE") for flag in distilling),
         *((flag, f"{flag} needs --dataset {d}") for d in ONLY_OF if d != args.dataset for flag in given(ONLY_OF[d])),
         (low > high, f"--size {low} {high}: the limit of the longer side is below the shorter side"),
         (args.dataset == "coco" and args.split == "val", "--split val: COCO has one split to test on; cut your own"),
@@ -204,10 +200,9 @@ def distillation_settings(args):
 
 def build_of(args, backbone, num_classes):
     """The arguments of build_detector that make the detector of the flags."""
-    build = {"detector": args.detector, "backbone": backbone, "num_classes": num_classes}
-    build["norm"] = "batch" if args.backbone_weights == "none" else "frozen"
-    build["min_size"], build["max_size"] = args.size
-    return {**build, **{name: getattr(args, name) for name in BUILD}}
+    norm, (low, high) = "batch" if args.backbone_weights == "none" else "frozen", args.size
+    build = {"detector": args.detector, "backbone": backbone, "num_classes": num_classes, "norm": norm}
+    return {**build, "min_size": low, "max_size": high, **{name: getattr(args, name) for name in BUILD}}
 
 
 def backbone(word):

@@ -18,20 +18,18 @@ class Diverged(UserError):
 
 
 class Guard:
-    """Keeps steps whose gradient is not finite away from the weights, and counts them.
+    """Keeps steps whose gradient is not finite away from the weights, and counts them; nothing waits for the device.
 
-    Nothing here waits for the device: the optimizer's fused kernel is given a flag that lives there and leaves the
-    weights and its own state alone where the flag is set. Batch norm's running statistics are put back likewise.
-
-    An enabled scaler (fp16) leaves out steps that overflow itself, in its search for a scale: they count as bad only
-    where the scale can fall no further. total, streak: bad steps of the run so far, and those in a row at its end.
+    The optimizer's fused kernel leaves weights and its own state alone where a flag on the device is set. An enabled
+    scaler (fp16) leaves out steps that overflow itself: they count as bad only where its scale can fall no further.
+    total, streak: bad steps of the run so far, and those in a row at its end.
     """
 
     def __init__(self, module, optimizer, scaler, device, total=0, streak=0):
         self.optimizer, self.scaler = optimizer, scaler
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.buffers = [b for norm in norms for b in norm.buffers()]
+        norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self.buffers = [b for norm in norms for b in norm.buffers()]  # they are put back after a bad step
         self.kept = [b.clone() for b in self.buffers]
         self.streak, self.longest, self.total = torch.tensor([streak, 0.0, total], device=device)
         if isinstance(optimizer, torch.optim.SGD):  # else a first step that is skipped leaves them as memory was found
@@ -46,8 +44,7 @@ class Guard:
     def step(self, loss, clip_grad=0.0):
         """Applies the gradients of poisoned(loss), unless they are not finite; clip_grad: their largest norm, 0: any.
 
-        Returns whether the step was bad (bool tensor) and the gradient's norm before the clip (scalar tensor): the same
-        on all processes, as the gradients are.
+        Returns, as scalar tensors, the same on all processes: whether the step was bad, the norm before the clip.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
@@ -93,14 +90,10 @@ def diverged(run):
         done = history[first - 1]
         means = {name: process.average(value.clone().float()).item() for name, value in done.terms.items()}
         each = ", ".join(f"{name} {means[name]:.3g} ({norm:.3g})" for name, norm in run.gradient_norms(done).items())
-        before = (
-            f"; the last finite step was {done.step}, with a gradient of norm {done.norm.item():.3g} and the terms (in "
-            f"brackets the norms of their weighted gradients, measured again after it) {each}"
-        )
+        before = f"; the last finite step was {done.step}, with a gradient of norm {done.norm.item():.3g} and the terms"
+        before += f" (in brackets the norms of their weighted gradients, measured again after it) {each}"
     saved = (run.output / "last.pth").is_file()
     kept = f"the checkpoint in {run.output} is sound" if saved else f"{run.output} has no checkpoint yet"
-    return Diverged(
-        f"stopped at step {history[-1].step}: too many steps in a row were not finite, first {wrong}, on {images}; "
-        f"none was applied{before}. Try a lower --lr, --clip-grad 10 or --amp none in a new --output, and look at "
-        f"these images; {kept}"
-    )
+    text = f"stopped at step {history[-1].step}: too many steps in a row were not finite, first {wrong}, on {images}; "
+    text += f"none was applied{before}. Try a lower --lr, --clip-grad 10 or --amp none in a new --output, and look at "
+    return Diverged(f"{text}these images; {kept}")

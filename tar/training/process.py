@@ -137,8 +137,7 @@ class Process:
 def set_up(device="auto", amp="auto", threads=0, deterministic=False):
     """Joins the other processes if torchrun started this one; the Process. UserError: a device that is not there.
 
-    device: "cpu", "cuda", "cuda:1" or "auto" (cuda where there is one; under torchrun each process its own). amp:
-    "bf16", "fp16", "none" or "auto" (bf16 where the processor has it). threads: 0 leaves torch's choice.
+    The arguments are device_flags()'s; of "cuda" each of torchrun's processes takes its own card.
     """
     rank, world, control, limit = 0, 1, None, timedelta(hours=2)  # the others wait while rank 0 downloads
     together = "RANK" in os.environ

@@ -99,10 +99,7 @@ class Run:
         return decay(step, self.end_step, self.args.decay) if step < self.end_step else 0.0
 
     def gradient_norms(self, done):
-        """The norm of each loss term's weighted gradient on the images of a step that is done: {name: float}.
-
-        It is measured again, with the weights that the step left, over the images of all processes.
-        """
+        """{term: norm of its weighted gradient} on a done step's images of all processes, with the weights after it."""
         weight = self.lambda_(done.step - 1)
         weights = {name: weight * w for name, w in self.module.settings.weights().items()} if weight else {}
         batch = next(iter(make_loader(self.train_set, True, [done.keys], self.args.seed)))

@@ -12,7 +12,6 @@ import ctypes
 import gc
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tar.data import load_dataset
+from tar.data import load_dataset, source
 from tar.data.loader import make_loader, train_batches
 
 SIZES = ((640, 480), (640, 427), (480, 640), (640, 640), (427, 640), (500, 375))
@@ -29,52 +28,46 @@ LINKS = 20_000  # to one picture; a file system has a limit
 CROWDS = 86  # every 86th box
 
 
-def image_entry(number, size):
-    name, (width, height) = f"{number:012d}.jpg", SIZES[size]
-    urls = {"coco_url": f"http://images.cocodataset.org/train2017/{name}", "date_captured": "2013-11-14 11:18:45"}
-    more = {"license": 3, **urls, "flickr_url": f"http://farm9.staticflickr.com/8186/8119368305_{number:08x}_z.jpg"}
-    return {**more, "file_name": name, "height": height, "width": width, "id": number}
+def image_entry(number, width, height):
+    name, site = f"{number:012d}.jpg", "http://farm9.staticflickr.com/8186"
+    more = {"license": 3, "coco_url": f"http://images.cocodataset.org/train2017/{name}", "file_name": name}
+    more |= {"date_captured": "2013-11-14 11:18:45", "flickr_url": f"{site}/8119368305_{number:08x}_z.jpg"}
+    return {**more, "height": height, "width": width, "id": number}
 
 
-def box_entry(number, image, category, x, y, w, h, outline):
-    """An annotation with a polygon of as many points as `outline` [2, N] in 0..1 has; a crowd with run lengths."""
-    points = np.stack([x + w * outline[0], y + h * outline[1]], 1).round(2)
-    crowd = number % CROWDS == 0
-    mask = {"counts": [int(v) for v in points.ravel()], "size": [480, 640]} if crowd else [points.ravel().tolist()]
-    box = {"bbox": [x, y, w, h], "category_id": category, "id": number + 900_000}
-    return {"segmentation": mask, "area": round(w * h * 0.61803, 4), "iscrowd": int(crowd), "image_id": image, **box}
+def box_entry(rng, number, image, width, height):
+    """An annotation with a polygon; a crowd with run lengths."""
+    x, y = rng.random(2) * (width, height) * 0.8
+    x, y, w, h = box = np.round([x, y, *(4 + rng.random(2) * (width - x - 4, height - y - 4))], 2).tolist()
+    points, crowd = rng.random((rng.geometric(1 / 22) + 3, 2)) * (w, h) + (x, y), int(number % CROWDS == 0)
+    points = points.round(2).ravel().tolist()
+    mask = {"counts": [int(v) for v in points], "size": [480, 640]} if crowd else [points]
+    entry = {"segmentation": mask, "area": round(w * h * 0.61803, 4), "iscrowd": crowd, "image_id": image, "bbox": box}
+    return {**entry, "category_id": int(rng.choice(CATEGORIES)), "id": number + 900_000}
 
 
-def write_large(folder, split, images, boxes, seed=0):
+def write_large(folder, split, images, boxes):
     """An annotation file and its images, unless they are there; the JSON file and the folder of the images."""
     file, place = folder / f"{split}-{images}-{boxes}.json", folder / f"{split}-{images}"
     if file.is_file():
         return file, place
     place.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    numbers, sizes = np.sort(rng.choice(581_921, images, replace=False)) + 1, rng.integers(len(SIZES), size=images)
-    for i, (number, size) in enumerate(zip(numbers, sizes, strict=True)):
-        picture = folder / f"picture-{size}-{split}-{i // LINKS}.jpg"
+    rng, entries = np.random.default_rng(0), []
+    for i, number in enumerate((np.sort(rng.choice(581_921, images, replace=False)) + 1).tolist()):
+        kind = int(rng.integers(len(SIZES)))
+        picture = folder / f"picture-{kind}-{split}-{i // LINKS}.jpg"
         if not picture.is_file():
-            Image.new("RGB", SIZES[size], (90, 120, 150)).save(picture)
-        link = place / f"{number:012d}.jpg"
-        if not link.is_file():
-            os.link(picture, link)
-    where = rng.integers(images - images // 116, size=boxes)  # about one image of 116 has no box
-    shares, categories = rng.random((boxes, 4)), rng.choice(CATEGORIES, size=boxes)
-    points = rng.geometric(1 / 22, size=boxes) + 3
+            Image.new("RGB", SIZES[kind], (90, 120, 150)).save(picture)
+        if not (place / f"{number:012d}.jpg").is_file():
+            os.link(picture, place / f"{number:012d}.jpg")
+        entries.append(image_entry(number, *SIZES[kind]))
+    categories = [{"supercategory": "thing", "id": i, "name": f"class {i}"} for i in CATEGORIES]
+    head = json.dumps({"info": {}, "categories": categories, "images": entries})
     with open(file.with_suffix(".part"), "w") as out:
-        entries = [image_entry(int(n), int(size)) for n, size in zip(numbers, sizes, strict=True)]
-        listed = [{"supercategory": "thing", "id": i, "name": f"class {i}"} for i in CATEGORIES]
-        out.write(
-            f'{{"info": {{}}, "categories": {json.dumps(listed)}, "images": {json.dumps(entries)}, "annotations": ['
-        )
+        out.write(head[:-1] + ', "annotations": [')
         for i in range(boxes):
-            width, height = SIZES[sizes[where[i]]]
-            x, y = shares[i, 0] * width * 0.8, shares[i, 1] * height * 0.8
-            w, h = 4 + shares[i, 2] * (width - x - 4), 4 + shares[i, 3] * (height - y - 4)
-            values = [round(float(v), 2) for v in (x, y, w, h)]
-            entry = box_entry(i, int(numbers[where[i]]), int(categories[i]), *values, rng.random((2, points[i])))
+            image = entries[rng.integers(images - images // 116)]  # about one image of 116 has no box
+            entry = box_entry(rng, i, image["id"], image["width"], image["height"])
             out.write(", " * (i > 0) + json.dumps(entry))
         out.write("]}")
     file.with_suffix(".part").rename(file)
@@ -87,27 +80,18 @@ def megabytes(file, *fields):
     return sum(int(rows[field].split()[0]) for field in fields) * 1024 / 1e6
 
 
-def resident():
+def resident(trim=True):
+    if trim:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
     return megabytes("/proc/self/status", "VmRSS")
 
 
-def trim():
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-
-
-def without_pixels(file, size=None, *_):
-    """Instead of read_image: what the loader processes hold besides pixels is measured."""
-    return torch.zeros(3, 2, 2, dtype=torch.uint8)
-
-
-def loader_megabytes(source, workers):
+def loader_megabytes(data, workers=2):
     """What each loader process has for itself, and its share of what is shared, after an epoch: [(USS, PSS)], in MB."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("tar.data.") and hasattr(module, "read_image"):
-            module.read_image = without_pixels
-    batches = train_batches(len(source), 16, 0, 0, wide=source.wide)
-    loader = iter(make_loader(source, True, batches, workers=workers))
+    source.read_image = lambda *_: torch.zeros(3, 2, 2, dtype=torch.uint8)  # what they hold besides pixels is measured
+    batches = train_batches(len(data), 16, 0, 0, wide=data.wide)
+    loader = iter(make_loader(data, True, batches, workers=workers))
     for _ in batches:
         next(loader)
     files = [f"/proc/{process.pid}/smaps_rollup" for process in loader._workers]
@@ -119,23 +103,15 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=118_287)
     parser.add_argument("--boxes", type=int, default=860_001)
-    parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     files = [*write_large(args.folder, "train", args.images, args.boxes), *write_large(args.folder, "val", 5000, 36781)]
-    trim()
     before, start, cpu = resident(), time.perf_counter(), time.process_time()
     train_set, test_set = load_dataset("coco", files=files)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    peak, left = megabytes("/proc/self/status", "VmHWM") - before, resident() - before
-    trim()
-    trimmed = resident() - before
-    rows = loader_megabytes(train_set, args.workers)
-    uss, pss = (max(column) for column in zip(*rows, strict=True))
-    print(
-        "| images | seconds to load | of the CPU | peak MB | MB left | after malloc_trim | a loader's USS | its PSS |"
-    )
+    peak, left = megabytes("/proc/self/status", "VmHWM") - before, resident(trim=False) - before
+    figures = [seconds, cpu, peak, left, resident() - before, *map(max, zip(*loader_megabytes(train_set), strict=True))]
+    print("| images | seconds to load | of CPU | peak MB | MB left | after malloc_trim | a loader's USS | its PSS |")
     print("|" + "---|" * 8)
-    figures = (seconds, cpu, peak, left, trimmed, uss, pss)
     print(f"| {len(train_set)} + {len(test_set)} | " + " | ".join(f"{v:.1f}" for v in figures) + " |")
 
 

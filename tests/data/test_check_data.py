@@ -47,14 +47,8 @@ def test_check_data_names_every_image_that_cannot_be_used(data, capsys, workers)
     assert all(f"{name}.jpg: cannot be read" in out for name in ("000001", "000007", "000013"))
 
 
-LOCKED = (
-    ".",
-    "JPEGImages",
-    "JPEGImages/000000.jpg",
-    "Annotations",
-    "Annotations/000000.xml",
-    "ImageSets/Main/test.txt",
-)
+FILES = "JPEGImages/000000.jpg", "Annotations/000000.xml", "ImageSets/Main/test.txt"
+LOCKED = ".", "JPEGImages", "Annotations", *FILES
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="other rights than POSIX's")

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from coco_sets import SPARSE, annotation, entry, results_of, write_coco
 
 from tar import UserError
-from tar.data.coco import Coco
+from tar.data.coco import FIELDS, Coco
 from tar.data.datasets import load_dataset, load_test_set
 from tar.data.file_names import find_images
 from tar.data.loader import Samples
@@ -94,16 +95,12 @@ def test_a_box_ends_at_the_border_and_one_that_cannot_be_used_is_dropped_and_cou
     assert any("classes without a box: sign, brush" in note for note in source.notes)
 
 
-FIELDS = "images id, images file_name, annotations image_id, annotations category_id, annotations bbox"
-
-
-@pytest.mark.parametrize("field", f"{FIELDS}, categories id, categories name".split(", "))
-def test_an_entry_without_a_field_or_of_another_type_is_refused_by_name_and_value(tmp_path, field):
-    key, name = field.split()
-    for value, text in (None, "None"), ({1: 2}, "{.1.: 2}"):
-        where = rf"entry 0 of {key}: {name} is {text}, not "
-        if value is None or name != "bbox":
-            refused(tmp_path, where, change=lambda data, value=value: data[key][0].update({name: value}))
+def test_an_entry_without_a_field_or_of_another_type_is_refused_by_name_and_value(tmp_path):
+    for key, fields in FIELDS.items():
+        for name in [name for name, kind in fields.items() if kind is not object]:
+            for value, text in (None, "None"), ({1: 2}, "{.1.: 2}"):
+                where = rf"entry 0 of {key}: {name} is {text}, not "
+                refused(tmp_path, where, change=lambda data, new={name: value}, key=key: data[key][0].update(new))
 
 
 def test_two_images_or_categories_of_one_id_and_a_missing_file_are_refused(tmp_path):
@@ -113,53 +110,34 @@ def test_two_images_or_categories_of_one_id_and_a_missing_file_are_refused(tmp_p
         Coco(tmp_path / "none.json", tmp_path)
 
 
-NO_SIZES = {"width": None}, {"height": 0}, {"width": -40}, {"width": "forty"}, {"width": 10**400}, {"height": [30]}
-
-
-@pytest.mark.parametrize("size", [*NO_SIZES, {"width": "40"}, {"width": 40.0}, {"height": NAN}], ids=str)
-def test_a_size_that_is_none_is_the_image_files(tmp_path, size):
-    source = load(tmp_path, change=lambda data: data["images"][0].update(size))
+@pytest.mark.parametrize("width", [None, 0, -40, "forty", 10**400, [40], NAN, "40", 40.0], ids=str)
+def test_a_size_that_is_none_is_the_image_files(tmp_path, width):
+    source = load(tmp_path, change=lambda data: data["images"][0].update(width=width))
     assert source.sizes.tolist() == [[40, 30]] and source.load(0, 0)[1].tolist() == [[2, 3, 12, 8]]
 
 
-def test_ids_that_are_words_are_used_and_evaluated_by_number(tmp_path):
+@pytest.mark.parametrize(("form", "ids"), [("id-{}", [0, 1]), (" {}", [6, 5])])
+def test_ids_that_are_words_are_evaluated_by_number_and_numbers_written_as_text_are_numbers(tmp_path, form, ids):
     def change(data):
+        data["categories"][0]["id"] = float(data["categories"][0]["id"])
         for row in data["annotations"] + data["images"]:
-            row.update({key: f"id-{row[key]}" for key in ("image_id", "id") if key in row})
+            row.update({key: form.format(row[key]) for key in ("image_id", "id") if key in row})
 
     source = load(tmp_path, [(i, 1, [i, 3, 10, 5]) for i in (5, 6)], (6, 5), change)
-    assert [(a["image_id"], a["bbox"][0]) for a in source.annotations()] == [(0, 6), (1, 5)]
+    assert [(a["image_id"], a["bbox"][0]) for a in source.annotations()] == [(ids[0], 6), (ids[1], 5)]
 
 
-def test_ids_that_stand_as_text_or_with_a_point_are_whole_numbers(tmp_path):
-    def change(data):
-        data["images"][0]["id"], data["categories"][0]["id"] = "6", float(data["categories"][0]["id"])
-
-    assert load(tmp_path, [(6, 1, [2, 3, 10, 5])], (6,), change).annotations()[0]["image_id"] == 6
+POLYGON, POINTS = [2, 3, 12, 3, 12, 8.5], [[2, 3], [12, 3], [12, 8.5]]
+POLYGONS = [POLYGON], [POLYGON[:2] * 3, POLYGON[4:] * 3], POLYGON, POINTS, [POINTS], [["2", "3", "12", "8.5"]]
+NO_POLYGONS = [], None, {"counts": [0, 9], "size": [30, 40]}, [[1, 2, 3]], [[]], ["left"], 7
 
 
-POLYGON = [2, 3, 12, 3, 12, 8.5]
-POLYGONS = (
-    [POLYGON],
-    [POLYGON[:2] * 3, POLYGON[4:] * 3],
-    POLYGON,
-    [[2, 3], [12, 3], [12, 8.5]],
-    [["2", "3", "12", "8.5"]],
-)
-
-
-@pytest.mark.parametrize("outline", [*POLYGONS, [[[2, 3], [12, 3], [12, 8.5]]]], ids=str)
-def test_a_missing_box_is_its_outlines(tmp_path, outline):
-    for none in None, []:
+def test_a_missing_box_is_its_outlines_and_without_outline_it_is_refused(tmp_path):
+    for outline, none in product(POLYGONS, (None, [])):
         assert load(tmp_path, [annotation(7, 1, none, segmentation=outline)]).boxes.tolist() == [[2, 3, 12, 8.5]]
-
-
-@pytest.mark.parametrize(
-    "outline", [[], None, {"counts": [0, 9], "size": [30, 40]}, [[1, 2, 3]], [[]], ["left"], 7], ids=str
-)
-def test_neither_box_nor_outline_is_refused(tmp_path, outline):
-    boxes = [annotation(7, 1, None, segmentation=outline)]
-    refused(tmp_path, "entry 0 of annotations: bbox is None", boxes=boxes)
+    for outline in NO_POLYGONS:
+        boxes = [annotation(7, 1, None, segmentation=outline)]
+        refused(tmp_path, "entry 0 of annotations: bbox is None", boxes=boxes)
 
 
 OUTLINES = [[1, 2.5, -3e-1]], [[1], [2, 3], []], [], {"counts": [1, 2], "size": [3, 4]}, [{"counts": "a]b"}]

@@ -7,7 +7,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
-from small_detectors import KINDS, detector
+from small_detectors import detector, norms
 from torch import nn
 from torchvision.models import WeightsEnum
 from torchvision.ops import FrozenBatchNorm2d
@@ -16,10 +16,6 @@ from tar import UserError
 from tar.detectors.backbones import FrozenNorm, build_classifier
 from tar.detectors.build import STRIDES
 from tar.detectors.coco_teacher import build_coco_teacher
-
-
-def norms(model):
-    return {type(m) for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
 
 
 def trainable(model):
@@ -41,17 +37,17 @@ def drawn():
 
 
 def test_fresh_and_loaded_backbones_have_their_norm_and_trained_stages(drawn, tmp_path):
-    file = tmp_path / "r10.pth"
-    torch.save(drawn, file)
-    fresh, loaded = detector(), detector(backbone_weights=str(file))
-    assert norms(fresh) == {nn.BatchNorm2d} and norms(loaded) == {FrozenNorm}
-    assert trainable(fresh) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
-    assert trainable(loaded) == {"layer2", "layer3", "layer4"}
-    assert_loaded(loaded, drawn)
-    chosen = detector(backbone_weights=str(file), norm="batch", trainable_layers=1)
-    assert norms(chosen) == {nn.BatchNorm2d} and trainable(chosen) == {"layer4"}
-    chosen = detector(norm="frozen", trainable_layers=0)
-    assert norms(chosen) == {FrozenNorm} and trainable(chosen) == set()
+    torch.save(drawn, tmp_path / "r10.pth")
+    file, stages = {"backbone_weights": str(tmp_path / "r10.pth")}, ["conv1", "bn1"]
+    stages += [f"layer{i}" for i in range(1, 5)]
+    for options, norm, first in (
+        ({}, nn.BatchNorm2d, 0),
+        (file, FrozenNorm, 3),
+        ({**file, "norm": "batch", "trainable_layers": 1}, nn.BatchNorm2d, 5),
+        ({"norm": "frozen", "trainable_layers": 0}, FrozenNorm, 6),
+    ):
+        model = detector(**options)
+        assert {type(m) for m in norms(model)} == {norm} and trainable(model) == set(stages[first:])
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.0])
@@ -60,31 +56,28 @@ def test_frozen_norm_is_torchvisions_and_keeps_the_type(eps):
     mine, theirs = FrozenNorm(6, eps=eps), FrozenBatchNorm2d(6, eps=eps)
     mine.load_state_dict({k: torch.rand_like(v) + 0.1 for k, v in theirs.state_dict().items()})
     theirs.load_state_dict(mine.state_dict())
-    x = torch.randn(2, 6, 5, 7, requires_grad=True)
-    weight = torch.randn(2, 6, 5, 7)
+    x, weight = torch.randn(2, 6, 5, 7, requires_grad=True), torch.randn(2, 6, 5, 7)
     a, b = mine(x), theirs(x)
-    assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
-    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (a, b)]
-    assert torch.allclose(*gradients, rtol=1e-5, atol=1e-6)
+    for one, other in ((a, b), [torch.autograd.grad((y * weight).sum(), x)[0] for y in (a, b)]):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
     coarse = mine(x.bfloat16())
     assert coarse.dtype == torch.bfloat16 and torch.allclose(coarse.float(), b, rtol=0.02, atol=0.02)
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in mine.train().state_dict().items())
 
 
-@pytest.mark.parametrize("classes", [None, 7], ids=["no classifier", "classifier of 7 classes"])
-def test_the_classifier_of_a_file_does_not_matter(drawn, tmp_path, classes):
+def test_a_file_is_loaded_whatever_its_classifier(drawn, tmp_path):
     state = {k: v for k, v in drawn.items() if not k.startswith("fc.")}
-    if classes:
-        state |= {"fc.weight": torch.rand(classes, 512), "fc.bias": torch.rand(classes)}
-    torch.save(state, tmp_path / "r10.pth")
-    assert_loaded(detector(backbone_weights=str(tmp_path / "r10.pth")), state)
+    for classifier in ({}, {"fc.weight": torch.rand(7, 512), "fc.bias": torch.rand(7)}):
+        torch.save(state | classifier, tmp_path / "r10.pth")
+        assert_loaded(detector(backbone_weights=str(tmp_path / "r10.pth")), state)
 
 
 def test_imagenet_weights_are_torchvisions_first(monkeypatch):
     state, asked = torchvision.models.resnet18().state_dict(), []
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, *_, **__: asked.append(self) or state)
     model = detector(backbone="r18", backbone_weights="imagenet")
-    assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1] and norms(model) == {FrozenNorm}
+    assert asked == [torchvision.models.ResNet18_Weights.IMAGENET1K_V1]
+    assert {type(m) for m in norms(model)} == {FrozenNorm}
     assert_loaded(model, state)
 
 
@@ -131,21 +124,23 @@ def mobilenet(tmp_path_factory):
     """torchvision's MobileNet with statistics of its own, in evaluation mode, and a file of its weights."""
     torch.manual_seed(3)
     network = torchvision.models.mobilenet_v3_large().eval()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.uniform_(-0.1, 0.1)
-            module.running_var.uniform_(0.001, 0.02)  # so small that the eps is seen
-            nn.init.uniform_(module.weight, 0.03, 0.1)
+    for module in norms(network):
+        module.running_mean.uniform_(-0.1, 0.1)
+        module.running_var.uniform_(0.001, 0.02)  # so small that the eps is seen
+        nn.init.uniform_(module.weight, 0.03, 0.1)
     path = tmp_path_factory.mktemp("mobilenet") / "weights.pth"
     torch.save(network.state_dict(), path)
     return network, path
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_mobilenets_stages_are_torchvisions_with_frozen_norm(mobilenet, kind):
+@pytest.mark.parametrize(
+    ("kind", "layers", "first"), [("faster-rcnn", None, 4), ("retinanet", 1, 13), ("retinanet", 5, 0)]
+)
+def test_mobilenets_stages_are_torchvisions_with_frozen_norm_and_the_last_ones_train(mobilenet, kind, layers, first):
     network, path = mobilenet
-    model = detector(kind, "mobilenet_v3_large", backbone_weights=str(path))
-    frozen = [m for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)]
+    model = detector(kind, "mobilenet_v3_large", backbone_weights=str(path), trainable_layers=layers)
+    assert {int(name) for name in trainable(model)} == set(range(first, 17))  # blocks 2, 4, 7 and 13 halve the image
+    frozen = norms(model.backbone)
     assert {(type(m), m.eps) for m in frozen} == {(FrozenNorm, 0.001)} and len(frozen) > 40
     stages, x = {}, torch.rand(1, 3, 64, 96)
     with torch.no_grad():
@@ -154,12 +149,5 @@ def test_mobilenets_stages_are_torchvisions_with_frozen_norm(mobilenet, kind):
             x = block(x)
             stages[64 // x.shape[2]] = x  # the last one of each stride stays
     assert list(stages) == [2, 4, 8, 16, 32]
-    strides = [s for s in STRIDES[kind] if s <= 32]
-    for stride, level in zip(strides, taken.values(), strict=True):
+    for stride, level in zip([s for s in STRIDES[kind] if s <= 32], taken.values(), strict=True):
         torch.testing.assert_close(level, stages[stride], rtol=1e-3, atol=1e-4 * stages[stride].abs().max().item())
-
-
-@pytest.mark.parametrize(("layers", "first"), [(None, 4), (1, 13), (5, 0)])
-def test_mobilenets_last_stages_train(mobilenet, layers, first):
-    model = detector(backbone="mobilenet_v3_large", backbone_weights=str(mobilenet[1]), trainable_layers=layers)
-    assert {int(name) for name in trainable(model)} == set(range(first, 17))  # blocks 2, 4, 7 and 13 halve the image

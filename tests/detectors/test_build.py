@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_detectors import KINDS, batch, detector, pair
+from small_detectors import KINDS, batch, detector, norms, pair
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
-from torchvision.ops import FrozenBatchNorm2d
 
 from tar import UserError
 from tar.detectors.backbones import BACKBONES, FrozenNorm, build_classifier, stages_of
@@ -18,11 +18,10 @@ def test_a_students_state_dict_loads_into_torchvisions_own_detector():
     torch.manual_seed(0)
     sizes = {"min_size": 64, "max_size": 96}
     student = build_detector("faster-rcnn", "r50", 3, norm="frozen", **sizes).eval()
-    for module in student.modules():
-        if isinstance(module, FrozenBatchNorm2d):
-            nn.init.uniform_(module.weight, 0.3, 0.6)
-            nn.init.normal_(module.bias, std=0.1)
-            nn.init.normal_(module.running_mean, std=0.1)
+    for module in norms(student):
+        nn.init.uniform_(module.weight, 0.3, 0.6)
+        nn.init.normal_(module.bias, std=0.1)
+        nn.init.normal_(module.running_mean, std=0.1)
     with torch.device("meta"):  # its own weights are not drawn
         theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3 + 1, **sizes).eval()
     theirs.load_state_dict(student.state_dict(), assign=True)
@@ -62,7 +61,7 @@ def test_the_pyramid_has_the_levels_and_strides_of_the_detector(kind, backbone, 
     first = 0 if kind == "faster-rcnn" else 1
     assert [block[0].in_channels for block in model.backbone.fpn.inner_blocks] == widths[first:]
     assert list(pyramid) == levels and model.strides == STRIDES[kind]
-    eps = {m.eps for m in model.backbone.body.modules() if isinstance(m, nn.BatchNorm2d)}
+    eps = {m.eps for m in norms(model.backbone.body)}
     assert eps == {0.001 if widths is MOBILENET else 1e-5}  # as the weights of each were trained
     shapes = [(1, 16, 256 // stride, 128 // stride) for stride in STRIDES[kind]]
     assert [tuple(level.shape) for level in pyramid.values()] == shapes
@@ -92,12 +91,10 @@ def test_proposals_and_regions_are_as_many_as_asked_for(training, kept):
 @pytest.mark.parametrize(("norm", "channels", "groups"), [("batch", 16, 2), ("batch", 12, 1), ("frozen", 16, None)])
 def test_the_norms_of_backbone_pyramid_and_retinanets_head(norm, channels, groups):
     model = detector("retinanet", norm=norm, fpn_channels=channels)
-    found = [m for m in model.head.modules() if "Norm" in type(m).__name__ and "Conv" not in type(m).__name__]
-    expected = [(nn.GroupNorm, groups, channels)] * (8 if groups else 0)  # four in each of the two branches
-    assert [(type(m), m.num_groups, m.num_channels) for m in found] == expected
-    kinds = {type(m) for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d | FrozenBatchNorm2d)}
-    assert kinds == {nn.BatchNorm2d if groups else FrozenNorm}
-    assert any(isinstance(m, nn.BatchNorm2d) for m in model.backbone.fpn.modules()) == bool(groups)
+    found = [(m.num_groups, m.num_channels) for m in model.head.modules() if isinstance(m, nn.GroupNorm)]
+    assert found == [(groups, channels)] * (8 if groups else 0)  # four in each of the two branches
+    assert {type(m) for m in norms(model)} == {nn.BatchNorm2d if groups else FrozenNorm}
+    assert bool(norms(model.backbone.fpn)) == bool(groups) and not norms(model.head)
 
 
 def test_unknown_names_are_refused_with_those_there_are():
@@ -114,18 +111,16 @@ def test_features_outputs_and_losses_of_bfloat16_convolutions_leave_as_float32(k
     student, computed = pair(kind)[0], []
     if kind == "retinanet":
         parts = student.head.classification_head.cls_logits, student.head.regression_head.bbox_reg
+        leaving = [student.backbone, student.head]
     else:
         parts = student.backbone.fpn.layer_blocks[0][0], student.rpn.head.cls_logits, student.roi_heads.box_head.fc7
+        leaving = [student.backbone, student.rpn.head, student.roi_heads.box_predictor]
+    outputs = []
     for part in parts:
         part.register_forward_hook(lambda module, inputs, output: computed.append(output.dtype))
+    for part in leaving:
+        part.register_forward_hook(lambda module, inputs, output: outputs.extend(tree_leaves(output)))
     with torch.autocast("cpu", torch.bfloat16):
-        features = student.backbone(torch.rand(1, 3, 64, 64))
-        if kind == "retinanet":
-            outputs = student.head(list(features.values())).values()
-        else:
-            heads, regions = student.roi_heads, [torch.tensor([[3.0, 5.0, 40.0, 60.0]])]
-            outputs = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, regions, [(64, 64)])))
-            outputs = [*outputs, *(level for of in student.rpn.head(list(features.values())) for level in of)]
         losses = student(*batch())
-    assert set(computed) == {torch.bfloat16} and len(features) == 5
-    assert {t.dtype for t in (*features.values(), *outputs, *losses.values())} == {torch.float32}
+    assert set(computed) == {torch.bfloat16} and len(outputs) == (7 if kind == "retinanet" else 17)
+    assert {t.dtype for t in (*outputs, *losses.values())} == {torch.float32}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_detectors import norms
 from torch import nn
 from torchvision.models import WeightsEnum
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, retinanet_resnet50_fpn
@@ -34,12 +35,11 @@ def coco(request):
     """torchvision's own detector with weights drawn, in evaluation mode, and the teacher made of them."""
     torch.manual_seed(4)
     theirs = COCO[request.param](weights=None, weights_backbone=None, min_size=64, max_size=96).eval()
-    for module in theirs.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eps = 0.0
-            nn.init.uniform_(module.weight, 0.5, 1.0)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
+    for module in norms(theirs):
+        module.eps = 0.0
+        nn.init.uniform_(module.weight, 0.5, 1.0)
+        nn.init.normal_(module.bias, std=0.1)
+        module.running_mean.normal_(std=0.1)
     theirs.backbone.body.bn1.running_var.fill_(1e-5)  # so small that an eps would be seen
     theirs.backbone.body.bn1.weight.data.fill_(0.003)
     for name, parameter in theirs.named_parameters():
@@ -52,23 +52,25 @@ def coco(request):
 
 
 def test_cocos_teacher_scores_its_classes_as_torchvisions_does(coco):
-    kind, theirs, ours = coco
-    anchors = [m.anchor_generator if kind == "retinanet" else m.rpn.anchor_generator for m in (theirs, ours)]
-    assert anchors[0].sizes == anchors[1].sizes and not ours.training
+    kind, *models = coco
     image, regions = torch.rand(3, 64, 96), [torch.tensor([[4.0, 6, 40, 50], [20, 10, 90, 60], [3, 3, 12, 12]])]
-    with torch.no_grad():
-        pixels = [model.transform([image])[0] for model in (theirs, ours)]
-        assert torch.equal(pixels[0].tensors, pixels[1].tensors)
-        levels = [model.backbone(p.tensors) for model, p in zip((theirs, ours), pixels, strict=True)]
-        if kind == "retinanet":
-            answers = [model.head(list(f.values())) for model, f in zip((theirs, ours), levels, strict=True)]
-            (whole, deltas), (scores, boxes) = ([a["cls_logits"][0], a["bbox_regression"][0]] for a in answers)
-        else:
-            answers = [box_head(model, f, regions, [(64, 96)]) for model, f in zip((theirs, ours), levels, strict=True)]
-            (whole, deltas), (scores, boxes) = answers
-            deltas = torch.cat([deltas[:, 4 * k : 4 * k + 4] for k in ROWS], 1)
-            found = [model.rpn(p, f)[0][0] for model, p, f in zip((theirs, ours), pixels, levels, strict=True)]
-            torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-2)
+    anchors, pixels, proposals, outputs = [], [], [], []
+    for model in models:
+        with torch.no_grad():
+            images, _ = model.transform([image])
+            levels = model.backbone(images.tensors)
+            pixels.append(images.tensors)
+            anchors.append((model if kind == "retinanet" else model.rpn).anchor_generator.sizes)
+            if kind == "retinanet":
+                outputs += [output[0] for output in model.head(list(levels.values())).values()]
+            else:
+                proposals.append(model.rpn(images, levels)[0][0])
+                outputs += box_head(model, levels, regions, [(64, 96)])
+    assert anchors[0] == anchors[1] and torch.equal(*pixels) and not models[1].training
+    whole, deltas, scores, boxes = outputs
+    if kind == "faster-rcnn":
+        torch.testing.assert_close(*proposals, rtol=1e-3, atol=1e-2)
+        deltas = torch.cat([deltas[:, 4 * k : 4 * k + 4] for k in ROWS], 1)
     expected = torch.stack([whole[:, k] for k in ROWS], 1)
     assert scores.shape == expected.shape and expected.std() > 0.01
     assert (expected[:, 1:] - expected[:, 1:].roll(1, 1)).abs().mean() > 0.1 * expected.std()  # classes do differ

@@ -4,16 +4,13 @@ import sys
 
 import pytest
 import torch
-from small_detectors import KINDS, SMALL, batch, detector, make_step
-from tiny_runs import FLAGS, ROOT, call, read_result
-from torch import nn
+from beside import beside
+from small_detectors import KINDS, batch, detector, make_step, norms
+from tiny_runs import ROOT, SMALL, command, read_result
 from torchvision.models import resnet18
 
-import eval as evaluation
-import train
 from tar import UserError
-from tar.detectors.backbones import build_backbone
-from tar.detectors.build import build_detector
+from tar.detectors.backbones import FrozenNorm, build_backbone
 from tar.method.step import teacher_pixels
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
@@ -34,34 +31,23 @@ def test_features_are_timms_own_to_the_last_bit(name):
             assert all(torch.equal(level, other) for level, other in zip(ours.values(), expected, strict=True))
 
 
-@pytest.fixture(scope="module")
-def r18(tmp_path_factory):
-    """A file with a ResNet-18's weights and statistics, all drawn."""
-    torch.manual_seed(0)
-    network, file = resnet18(), tmp_path_factory.mktemp("r18") / "r18.pth"
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-    torch.save(network.state_dict(), file)
-    return file
-
-
-@pytest.mark.parametrize("norm", ["frozen", "batch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_resnet_of_timm_and_of_torchvision_give_equal_losses(kind, norm, r18):
-    losses, images = [], batch()
-    options = {**SMALL, "backbone_weights": str(r18), "norm": norm}
-    models = [build_detector(kind, name, 3, **options) for name in ("r18", "timm/resnet18")]
-    theirs = models[0].state_dict()
-    models[1].load_state_dict({name: theirs[name.replace("body.network.", "body.")] for name in models[1].state_dict()})
-    for model in models:
-        torch.manual_seed(1)
-        losses.append(model.train()(*images))
-    assert losses[0] == losses[1]
-    trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
-    assert trained[0] == trained[1]
+def test_a_resnet_of_timm_and_of_torchvision_give_equal_losses(kind, tmp_path):
+    torch.save(resnet18().state_dict(), tmp_path / "r18.pth")
+    for norm in ("frozen", "batch"):
+        options, losses = {"backbone_weights": str(tmp_path / "r18.pth"), "norm": norm}, []
+        models = [detector(kind, name, **options).train() for name in ("r18", "timm/resnet18")]
+        state = models[0].state_dict()
+        for name, value in state.items():
+            if name.endswith(("running_mean", "running_var")):
+                value.uniform_(0.5, 1.5)
+        models[1].load_state_dict({k: state[k.replace("body.network.", "body.")] for k in models[1].state_dict()})
+        for model in models:
+            torch.manual_seed(1)
+            losses.append(model(*batch()))
+        assert losses[0] == losses[1]
+        trained = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in models]
+        assert trained[0] == trained[1]
 
 
 @needs_weights
@@ -77,18 +63,28 @@ def test_the_teacher_sees_pixels_of_its_own_mean():
     assert all(torch.isfinite(value) for losses in step(*batch(), teacher)[:2] for value in losses.values())
 
 
+@beside
+def exported(folder):
+    """The folder of each detector's student, its teacher and its export."""
+    names = ["--student", f"timm/{LITE[0]}", "--teacher", f"timm/{LITE[1]}", "--backbone-weights", WEIGHTS]
+    size = ["--epochs", 1, "--batch-size", 2, "--limit-train", 4, "--limit-test", 2]
+    for kind in KINDS if WEIGHTS.is_dir() else ():
+        run = folder / kind / "run"
+        training = "train.py", *SMALL, *size, *names, "--detector", kind, "--output", run
+        for words in (training, ("eval.py", "--weights", run / "last.pth", "--export", f"{folder / kind}.pt")):
+            done = command(*words)
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
 @needs_weights
 @pytest.mark.parametrize("kind", KINDS)
-def test_command_trains_measures_and_exports(kind, tmp_path):
-    words = [*FLAGS.replace("--epochs 2", "--epochs 1").split(), "--detector", kind, "--output", tmp_path / "run"]
-    words += ["--student", f"timm/{LITE[0]}", "--teacher", f"timm/{LITE[1]}", "--backbone-weights", WEIGHTS]
-    call(train.main, *words)
-    [teacher] = set(tmp_path.iterdir()) - {tmp_path / "run"}
-    assert read_result(tmp_path / "run")["cost"] > 1 and LITE[1] in teacher.name
-    call(evaluation.main, "--weights", tmp_path / "run/last.pth", "--export", tmp_path / "student.pt")
-    image = torch.rand(3, 64, 80)
+def test_commands_train_measure_and_export(kind, exported):
+    [teacher] = set((exported / kind).iterdir()) - {exported / kind / "run"}
+    assert read_result(exported / kind / "run")["cost"] > 1 and LITE[1] in teacher.name
     with torch.no_grad():
-        assert {"boxes", "labels", "scores"} == torch.jit.load(tmp_path / "student.pt")([image])[1][0].keys()
+        [found] = torch.jit.load(f"{exported / kind}.pt")([torch.rand(3, 64, 80)])[1]
+    assert found.keys() == {"boxes", "labels", "scores"}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +105,7 @@ def test_what_cannot_be_used_says_why(name, norm, stages, said):
 def test_frozen_stages_are_the_first(tmp_path):
     body = build_backbone("timm/regnetx_002", "none", "frozen", trained_stages=3).body
     assert {name.split(".")[1] for name, p in body.named_parameters() if not p.requires_grad} == {"stem", "s1"}
-    assert not [m for m in body.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {type(m) for m in norms(body)} == {FrozenNorm}
     with pytest.raises(UserError, match=r"regnetx_002.pth: no such file"):
         build_backbone("timm/regnetx_002", str(tmp_path))
 

@@ -2,42 +2,27 @@
 
 import numpy as np
 import pytest
-from coco_sets import FIGURES, SPARSE, annotation, entry, pycocotools_stats, results_of, write_coco
+from coco_sets import FIGURES, LABELS, SPARSE, annotation, entry, pycocotools_stats, results_of, write_coco
 
 from tar.data.coco import Coco
 from tar.evaluation import voc_ap
 from tar.evaluation.average_precision import coco_metrics, voc_curve, voc_metrics
 
-# VOC
 
-
-def result(truth=(), found=(), image_id=0):
+def result(truth=(), found=()):
     """One image's result; truth: (box, label, ignored), found: (box, label, score)."""
-    columns = {}
-    for names, rows in ((("gt_boxes", "gt_labels", "gt_ignored"), truth), (("boxes", "labels", "scores"), found)):
-        boxes, labels, last = zip(*rows, strict=True) if rows else ((), (), ())
-        columns[names[0]] = np.array(boxes, dtype=np.float32).reshape(-1, 4)
-        columns[names[1]] = np.array(labels, dtype=np.int64)
-        columns[names[2]] = np.array(last, dtype=bool if names[2] == "gt_ignored" else np.float32)
-    return {"image_id": image_id, **columns}
+    columns = {"image_id": 0}
+    for start, last, kind, rows in (("gt_", "gt_ignored", bool, truth), ("", "scores", np.float32, found)):
+        boxes, labels, values = zip(*rows, strict=True) if rows else ((), (), ())
+        columns[f"{start}boxes"] = np.array(boxes, dtype=np.float32).reshape(-1, 4)
+        columns[f"{start}labels"], columns[last] = np.array(labels, dtype=np.int64), np.array(values, dtype=kind)
+    return columns
 
 
-# Recall-precision curves with the average precision by the 11-point rule and by area.
-CURVES = {
+CURVES = {  # recall, precision, AP by the 11-point rule and by area
     "no detection": ([], [], 0.0, 0.0),
-    # Recall that lies exactly on a threshold reaches it: 0, 0.1, 0.2, 0.3 are four of eleven.
-    "3 of 10 found": (np.arange(1, 4) / 10, [1.0] * 3, 4 / 11, 0.3),
-    "half of the detections right": ([0.0, 1.0], [0.0, 0.5], 0.5, 0.5),
-    # Right, wrong, right, wrong, wrong, right of 4 boxes. Best precision from recall 0: 1, from 0.25 on: 2/3, from
-    # 0.5 on: 1/2, from 0.75 on: 0.
-    "zig-zag": (
-        [0.25, 0.25, 0.5, 0.5, 0.5, 0.75],
-        [1, 1 / 2, 2 / 3, 2 / 4, 2 / 5, 3 / 6],
-        (3 * 1 + 3 * 2 / 3 + 2 * 1 / 2) / 11,
-        (1 + 2 / 3 + 1 / 2) / 4,
-    ),
-    # A later, higher precision counts for the lower recalls too.
-    "wrong first": ([0.0, 0.5, 1.0], [0.0, 1 / 2, 2 / 3], 2 / 3, 2 / 3),
+    "recall on a threshold reaches it": (np.arange(1, 4) / 10, [1.0] * 3, 4 / 11, 0.3),
+    "a later, higher precision counts too": ([0.0, 0.5, 1.0], [0.0, 1 / 2, 2 / 3], 2 / 3, 2 / 3),
 }
 
 
@@ -48,7 +33,7 @@ def test_voc_ap_by_hand(recall, precision, points, area):
 
 
 BOX, LESS, BELOW, FAR = (0, 0, 10, 10), (0, 0, 10, 8), (0, 20, 10, 30), (50, 50, 60, 60)
-ONE, WITH_DIFFICULT = [(BOX, 1, False)], [(BOX, 1, False), (BELOW, 1, True)]
+ONE, TWO, WITH_DIFFICULT = [[(BOX, 1, False), *more] for more in ([], [(LESS, 1, False)], [(BELOW, 1, True)])]
 VOC_CASES = {  # ground truth, detections, recall and precision after each detection that counts
     "nothing found": (ONE, [], [], []),
     "found as another class": (ONE, [(BOX, 2, 0.9)], [], []),
@@ -56,10 +41,7 @@ VOC_CASES = {  # ground truth, detections, recall and precision after each detec
     "IoU 0.49": (ONE, [((0, 0, 10, 4.9), 1, 0.9)], [0], [0]),
     "duplicate is wrong": (ONE, [(BOX, 1, 0.9), (BOX, 1, 0.8)], [1, 1], [1, 1 / 2]),
     "the score decides": (ONE, [(BOX, 1, 0.6), (LESS, 1, 0.9)], [1, 1], [1, 1 / 2]),
-    "no second best box for one whose best is taken": (
-        *([*ONE, (LESS, 1, False)], [(BOX, 1, 0.9), ((0, 0, 10, 9.5), 1, 0.8)]),
-        *([1 / 2, 1 / 2], [1, 1 / 2]),
-    ),
+    "the best box is taken": (TWO, [(BOX, 1, 0.9), ((0, 0, 10, 9.5), 1, 0.8)], [1 / 2, 1 / 2], [1, 1 / 2]),
     "difficult is not missed": (WITH_DIFFICULT, [(BOX, 1, 0.9)], [1], [1]),
     "found twice": (WITH_DIFFICULT, [(BELOW, 1, 0.9), (BELOW, 1, 0.85), (BOX, 1, 0.8)], [1], [1]),
 }
@@ -71,10 +53,13 @@ def test_voc_curve_by_hand(truth, found, recall, precision):
     assert [list(column) for column in got] == [pytest.approx(recall), pytest.approx(precision)]
 
 
-@pytest.mark.parametrize("truth", [[], [(BOX, 1, True)]], ids=["no box", "difficult only"])
-def test_a_class_without_boxes_that_count_has_no_curve(truth):
-    results = [result(truth, [(BOX, 1, 0.9)])]
-    assert voc_curve(results, 1) is None and voc_metrics(results, ("a",))["voc07"] is None
+def test_a_class_or_size_without_boxes_that_count_has_no_figure():
+    for truth in ([], [(BOX, 1, True)]):
+        results = [result(truth, [(BOX, 1, 0.9)])]
+        assert voc_metrics(results, ("a",))["voc07"] is coco_metrics(results, ("a",))["AP"] is None
+    metrics = coco_metrics([result(ONE, [(BOX, 1, 0.9), (FAR, 2, 0.9)])], ("a", "b"))
+    assert [metrics[name] for name in FIGURES] == [*[pytest.approx(100)] * 4, None, None]
+    assert metrics["per_class"] == {"a": pytest.approx({"AP": 100, "AP50": 100}), "b": {"AP": None, "AP50": None}}
 
 
 def iou(a, b):
@@ -84,7 +69,7 @@ def iou(a, b):
 
 
 def devkit_ap(results, label):
-    """VOCevaldet.m for one class in plain Python: the AP of VOC 2007 and of VOC 2010 on, in percent."""
+    """VOCevaldet.m for one class in plain Python: {"voc07", "voc_area": AP in percent}."""
     columns = [[r[f"gt_{key}"].tolist() for key in ("boxes", "labels", "ignored")] for r in results]
     truth = [[(b, difficult) for b, k, difficult in zip(*row, strict=True) if k == label] for row in columns]
     columns = [zip(*(r[key].tolist() for key in ("scores", "boxes", "labels")), strict=True) for r in results]
@@ -106,39 +91,14 @@ def devkit_ap(results, label):
     for i, (recall, _) in enumerate(curve):
         area += (recall - last) * max(p for _, p in curve[i:])
         last = recall
-    return 100 * eleven, 100 * area
+    return {"voc07": 100 * eleven, "voc_area": 100 * area}
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_voc_metrics_are_the_development_kits(tmp_path, seed):
-    file, found, _ = random_set(tmp_path, seed, plain=True, images=60)
-    for row, place in zip(found, np.random.default_rng(seed).permutation(len(found)), strict=True):
-        row["score"] = place / len(found)  # no two are equal: the rule does not say which of two comes first
-    source = Coco(file, tmp_path)
-    results = results_of(source, found)
-    got = voc_metrics(results, source.classes)
-    expected = [devkit_ap(results, label) for label in (1, 2, 3)]
-    for column, key in enumerate(("voc07", "voc_area")):
-        values = [values[column] for values in expected]
-        assert [row[key] for row in got["per_class"].values()] == pytest.approx(values, abs=1e-9)
-        assert got[key] == pytest.approx(sum(values) / 3, abs=1e-9) and 10 < got[key] < 95
-
-
-# COCO
-
-
-def test_coco_of_a_class_or_size_without_boxes_is_none():
-    metrics = coco_metrics([result([(BOX, 1, False)], [(BOX, 1, 0.9), (FAR, 2, 0.9)])], ("a", "b"))
-    assert [metrics[name] for name in FIGURES] == [*[pytest.approx(100)] * 4, None, None]
-    assert metrics["per_class"] == {"a": pytest.approx({"AP": 100, "AP50": 100}), "b": {"AP": None, "AP50": None}}
-    assert coco_metrics([result([], [(BOX, 1, 0.9)])], ("a",))["AP"] is None
-
-
-def random_set(folder, seed, plain, images=24):
+def random_set(folder, seed, plain):
     """Boxes of all sizes in quarters of a pixel, some crowds; detections near them, elsewhere, inside crowds and of the
     wrong category. Unless plain, some boxes reach over the border, and areas are less than the boxes'."""
     rng, boxes, found = np.random.default_rng(seed), [], []
-    entries = [entry(int(i), *((500, 500) if plain else (320, 240))) for i in rng.permutation(900)[:images]]
+    entries = [entry(int(i), *((500, 500) if plain else (320, 240))) for i in rng.permutation(900)[:24]]
 
     def quarters(values):
         return (np.round(np.asarray(values) * 4) / 4).tolist()
@@ -154,25 +114,30 @@ def random_set(folder, seed, plain, images=24):
                 near = bbox + rng.normal(size=4) * np.tile(side, 2) * 0.08
                 near = [*(corner + side / 4), *side / 2] if crowd else near
                 kind = category if rng.random() < 0.8 else int(rng.choice([1, 13, 90]))
-                found.append(annotation(image["id"], kind, quarters(near), score=int(rng.integers(1, 1024)) / 1024))
-        found.append(annotation(image["id"], 13, quarters([*rng.random(2) * 200, 20, 20]), score=0.5))
+                found.append(annotation(image["id"], kind, quarters(near)))
+        found.append(annotation(image["id"], 13, quarters([*rng.random(2) * 200, 20, 20])))
+    places = rng.permutation(len(found)) / 1024  # no two scores are equal: VOC's rule does not say which comes first
+    found = [{**row, "score": score} for row, score in zip(found, places.tolist(), strict=True)]
     return write_coco(folder, entries, boxes), found, boxes
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["by index and label", "by the file's ids and areas"])
 @pytest.mark.parametrize("seed", range(2))
-def test_coco_metrics_are_pycocotools_own_of_the_file(seed, plain, tmp_path):
+def test_metrics_are_pycocotools_own_of_the_file_and_the_development_kits(seed, plain, tmp_path):
     file, found, boxes = random_set(tmp_path, seed, plain)
     source = Coco(file, tmp_path)
-    metrics = coco_metrics(results_of(source, found), source.classes, None if plain else source)
-    expected = pycocotools_stats(file, found)
     assert sum(a["iscrowd"] for a in boxes) > 2 and len(source.boxes) == len(boxes)
+    results, expected, means = results_of(source, found), pycocotools_stats(file, found), []
+    coco, voc = coco_metrics(results, source.classes, None if plain else source), voc_metrics(results, source.classes)
+    assert [coco[name] for name in FIGURES] == pytest.approx(expected)
     assert None not in expected and 5 < expected[0] < 95
-    assert [metrics[name] for name in FIGURES] == pytest.approx(expected)
     for category, name in SPARSE:
-        stats = pycocotools_stats(file, found, only=category)
-        assert metrics["per_class"][name] == pytest.approx({"AP": stats[0], "AP50": stats[1]})
-    assert list(metrics["per_class"]) == ["person", "sign", "brush"]
+        stats, aps = pycocotools_stats(file, found, only=category), devkit_ap(results, LABELS[category])
+        assert coco["per_class"][name] == pytest.approx({"AP": stats[0], "AP50": stats[1]})
+        assert voc["per_class"][name] == pytest.approx(aps, abs=1e-9)
+        means.append([aps["voc07"], aps["voc_area"]])
+    assert [voc["voc07"], voc["voc_area"]] == pytest.approx(np.mean(means, 0), abs=1e-9) and 10 < voc["voc07"] < 95
+    assert list(coco["per_class"]) == list(voc["per_class"]) == ["person", "sign", "brush"]
 
 
 @pytest.mark.parametrize("area", [{}, {"area": "large"}], ids=str)
@@ -183,11 +148,10 @@ def test_without_a_proper_area_in_the_file_the_boxes_counts(tmp_path, area):
     assert metrics["AP_medium"] == pytest.approx(100) and metrics["AP_small"] is metrics["AP_large"] is None
 
 
-@pytest.mark.parametrize("ids", [(0, 0), (5, 5), None], ids=["0", "twice", "none"])
+@pytest.mark.parametrize("ids", [{"id": 0}, {"id": 5}, {}], ids=["0", "twice", "none"])
 def test_the_ids_of_annotations_do_not_matter(tmp_path, ids):
     """pycocotools takes a match with annotation 0 for none, and of two with one id keeps one."""
-    boxes = [annotation(0, 1, [5, 5, 9, 9]), annotation(8, 1, [5, 5, 9, 9])]
-    boxes = [{**a, "id": ids[k]} if ids else a for k, a in enumerate(boxes)]
+    boxes = [annotation(image, 1, [5, 5, 9, 9], **ids) for image in (0, 8)]
     source = Coco(write_coco(tmp_path, [entry(0), entry(8)], boxes), tmp_path)
     found = [{**a, "score": 0.5} for a in boxes]
     assert coco_metrics(results_of(source, found), source.classes, source)["AP"] == pytest.approx(100)

@@ -1,8 +1,8 @@
 """The check of everything on one GPU, in about 13 minutes; PCB is a folder with instances_{train,test}.json and images.
 
-    .venv/bin/python tests/gpu/check.py --data PCB          a, b and c
-    .venv/bin/python tests/gpu/check.py a b                 under five minutes, without data
-    .venv/bin/python tests/gpu/check.py --dry               all of it on the CPU with tiny sizes: shows that it runs
+    python tests/gpu/check.py --data PCB          a, b and c
+    python tests/gpu/check.py a b                 under five minutes, without data
+    python tests/gpu/check.py --dry               all of it on the CPU with tiny sizes: shows that it runs
 
 a: what a GPU computes, against the CPU (test_on_gpu.py). b: speed of a step at 800 x 1333, r101 to r50, both detectors,
 at the largest batch that fits; what falls short of an aim is followed by the ten longest kernels. c: the table `claim`,
@@ -23,12 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 BENCH = "--teacher r101 --student r50 --size 800 1333 --image 800 1200 --device cuda"
 DRY_BENCH = "--teacher r18 --student r18 --size 64 96 --image 64 96 --rois 16 --rounds 1 --warmup 0 --device cpu"
-CLAIM = (
-    "--student r50 --teacher r101 --size 640 640 --anchor-scale 8 --fpn-channels 256 --epochs 6 --batch-size 16 "
-    "--eval-every 3 --workers 12 --device cuda"
-)
+CLAIM = "--student r50 --teacher r101 --size 640 640 --anchor-scale 8 --fpn-channels 256 --epochs 6 --device cuda "
+CLAIM += "--batch-size 16 --eval-every 3 --workers 12"
 DRY_CLAIM = "--student r10 --teacher r18 --size 64 64 --epochs 1 --batch-size 2 --rois 16 --device cpu"
-AIMS = "aims: stock / TAR at least 3, TAR / floor at most 1.05, TAR at least 25% of the bf16 peak at batch 16"
 
 
 def main():
@@ -63,8 +60,7 @@ def time_steps(args):
     done = []
     for detector in ("faster-rcnn", "retinanet"):
         for batch in (2,) if args.dry else (16, 8, 4, 2):  # the first that fits
-            words = [*(DRY_BENCH if args.dry else BENCH).split(), "--detector", detector, "--batch-size", batch]
-            words += ["--rows", "stock", "plain", "tar", "floor"]
+            words = [*(DRY_BENCH if args.dry else BENCH).split(), "--detector", detector, "--batch-size", str(batch)]
             file = (args.output / f"bench-{detector}-{batch}.json").resolve()
             if run(args, "-m", "tar.bench", *words, "--json", file):
                 done.append(detector)
@@ -76,15 +72,14 @@ def time_steps(args):
 def look_at(figures, words):
     """The figures that have an aim, and the ten longest kernels of a TAR step if one is missed."""
     stock, floor = (figures["ratios"][name]["median"] for name in ("tar_over_stock", "tar_over_floor"))
-    share = figures["of_peak"]["tar"]
-    print(f"\nstock / TAR {1 / stock:.2f}, TAR / floor {floor:.3f}, {100 * share:.0f}% of the peak; {AIMS}")
-    if 1 / stock >= 3 and floor <= 1.05 and share >= 0.25:
+    print(f"\nstock / TAR {1 / stock:.2f} (aim: at least 3), TAR / floor {floor:.3f} (aim: at most 1.05)")
+    if 1 / stock >= 3 and floor <= 1.05:
         return
     from tar.bench.__main__ import kinds_of_step, parser  # the same models and batch again, in this process
     from tar.training.process import set_up
 
-    flags = parser().parse_args([str(word) for word in words])
-    _, step = kinds_of_step(flags, set_up(flags.device, flags.amp, flags.threads))["tar"]
+    flags = parser().parse_args(words)
+    step = kinds_of_step(flags, set_up(flags.device, flags.amp, flags.threads))["tar"]
     step()
     cuda = flags.device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiled:

@@ -1,6 +1,6 @@
 """What a GPU computes, against the CPU: losses, RoIAlign, masks, gate, frozen norm; resume, memory, waits.
 
-    .venv/bin/python tests/gpu/check.py a [--dry]
+    python tests/gpu/check.py a [--dry]
 
 Without CUDA the tests are skipped. With TAR_GPU_DRY=1 (--dry) they run on the CPU: that shows that they run at all.
 """
@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 from small_detectors import KINDS, batch, make_step, pair
-from tiny_runs import FLAGS, ROOT, call, command, weights_of
+from tiny_runs import ROOT, SMALL, call, command, weights_of
+from torch.utils._pytree import tree_map
 from waits import waits_of
 
 import train
@@ -33,20 +34,14 @@ pytestmark = pytest.mark.skipif(not (DRY or torch.cuda.is_available()), reason="
 
 
 @pytest.fixture(autouse=True)
-def float32_products():
+def float32_products(monkeypatch):
     """TF32 has 10 bits: not what is compared with the CPU."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def moved(value, device=DEVICE):
-    if isinstance(value, torch.Tensor | torch.nn.Module):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {name: moved(one, device) for name, one in value.items()}
-    return [moved(one, device) for one in value] if isinstance(value, list | tuple) else value
+def moved(tensors, device=DEVICE):
+    """Tensors in lists, tuples or dicts, on the device."""
+    return tree_map(lambda tensor: tensor.to(device), tensors)
 
 
 def losses(kind, device, amp, patch):
@@ -136,26 +131,16 @@ def test_frozen_norm():
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.5, 2)
     expected = (x - norm.running_mean.view(-1, 1, 1)) / (norm.running_var.view(-1, 1, 1) + norm.eps).sqrt()
-    norm, x = moved(norm), moved(x)
+    norm, x = norm.to(DEVICE), x.to(DEVICE)
     torch.testing.assert_close(norm(x).cpu(), expected, rtol=1e-4, atol=1e-5)
     assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_run_that_was_killed_ends_with_the_same_bits(tmp_path):
-    flags = [
-        *FLAGS.split(),
-        "--device",
-        DEVICE,
-        "--deterministic",
-        "--limit-train",
-        40,
-        "--epochs",
-        3,
-        "--save-every",
-        4,
-    ]
-    words = [sys.executable, ROOT / "train.py", *flags, "--student", "r10", "--output", tmp_path / "killed"]
-    running = subprocess.Popen([str(word) for word in words], stdout=subprocess.DEVNULL)
+    flags = f"--device {DEVICE} --deterministic --limit-train 40 --epochs 3 --save-every 4 --student r10"
+    flags = [*SMALL, *flags.split(), "--output"]
+    words = [sys.executable, ROOT / "train.py", *flags, tmp_path / "killed"]
+    running = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     while not (tmp_path / "killed/last.pth").exists():
         assert running.poll() is None
         time.sleep(0.01)
@@ -163,7 +148,7 @@ def test_run_that_was_killed_ends_with_the_same_bits(tmp_path):
     running.wait()
     assert not (tmp_path / "killed/result.json").exists()
     for name in ("killed", "whole"):
-        done = command("train.py", *flags, "--student", "r10", "--output", tmp_path / name)
+        done = command("train.py", *flags, tmp_path / name)
         assert done.returncode == 0, done.stderr
     killed, whole = weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole")
     assert all(torch.equal(killed[name], value) for name, value in whole.items())
@@ -178,8 +163,8 @@ def test_memory_that_runs_out_is_one_line(tmp_path, monkeypatch, capsys):
         torch.cuda.set_per_process_memory_fraction(0.002)
     try:
         with pytest.raises(SystemExit) as ended:
-            flags = [*FLAGS.split(), "--device", DEVICE, "--size", 1600, 1600, "--student", "r50"]
-            call(train.main, *flags, "--output", tmp_path / "run")
+            flags = f"--device {DEVICE} --size 1600 1600 --student r50 --output {tmp_path / 'run'}"
+            call(train.main, *SMALL, *flags.split())
     finally:
         if not DRY:
             torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,16 +1,29 @@
 """The method's equations in plain Python, and what they give on both models' raw outputs for a batch."""
 
 import math
+from collections import namedtuple
 from functools import partial
-from typing import NamedTuple
+from itertools import islice
 
-import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_detectors import CLS, REG, batch, make_step, run
 from torchvision.models.detection import RetinaNet
 
-from tar.detectors.build import STRIDES
+# A region, and both models' raw outputs there, all lists; label 0 is the background.
+Row = namedtuple("Row", "label region teacher_region gt_box logits deltas teacher_logits teacher_deltas")
+
+
+def drawn(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def drawn_boxes(count, seed, side=60, least=1.0):
+    """float64 [count, 4], with corners in a square of this side; no box is smaller than `least` pixels."""
+    random = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, 2, generator=random, dtype=torch.float64) * side
+    return torch.cat([corners.amin(1), corners.amax(1) + least], 1)
 
 
 def iou(a, b):
@@ -29,9 +42,20 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def smooth_l1(a, b, beta=1 / 9):
-    gap = abs(a - b)
-    return gap * gap / (2 * beta) if gap < beta else gap - beta / 2
+def cross_entropy(student, teacher, retinanet=False):
+    """Of the class probabilities of two lists of logits; RetinaNet's first, of the background, is left out."""
+    if not retinanet:
+        return -sum(t * math.log(s) for t, s in zip(softmax(teacher), softmax(student), strict=True))
+    return -sum(
+        sigmoid(t) * math.log(sigmoid(s)) + sigmoid(-t) * math.log(sigmoid(-s))
+        for s, t in zip(student[1:], teacher[1:], strict=True)
+    )
+
+
+def smooth_l1(student, teacher, beta=1 / 9):
+    """The sum over the deltas of one region."""
+    gaps = [abs(s - t) for s, t in zip(student, teacher, strict=True)]
+    return sum(gap * gap / (2 * beta) if gap < beta else gap - beta / 2 for gap in gaps)
 
 
 def decode(deltas, region, weights=(10, 10, 5, 5)):
@@ -41,6 +65,12 @@ def decode(deltas, region, weights=(10, 10, 5, 5)):
     x, y = region[0] + (0.5 + dx) * width, region[1] + (0.5 + dy) * height
     half_width, half_height = math.exp(dw) * width / 2, math.exp(dh) * height / 2
     return [x - half_width, y - half_height, x + half_width, y + half_height]
+
+
+def is_open(gate, student, teacher, region, teacher_region, gt_box, decode=decode):
+    """The gate of L_reg, of both models' deltas and regions."""
+    reference = region if gate == "proposal" else decode(student, region)
+    return gate == "none" or iou(decode(teacher, teacher_region), gt_box) > iou(reference, gt_box)
 
 
 def mask_by_hand(boxes, height, width, stride, sigma2=2.0, kind="gaussian"):
@@ -57,26 +87,28 @@ def mask_by_hand(boxes, height, width, stride, sigma2=2.0, kind="gaussian"):
     return mask
 
 
-def fine_grained_by_hand(boxes, cells, part=0.5):
-    """The definition, anchor by anchor: cells is a list of lists of anchors; 1 or 0 a cell."""
+def fine_grained_by_hand(boxes, anchors, per_cell, part=0.5):
+    """The definition, anchor by anchor: 1 or 0 a cell; `per_cell` anchors after one another are a cell's."""
+    cells = [anchors[i : i + per_cell] for i in range(0, len(anchors), per_cell)]
     mask = [0] * len(cells)
     for box in boxes:
-        best = max(iou(anchor, box) for anchors in cells for anchor in anchors)
-        for i, anchors in enumerate(cells):
-            if any(iou(anchor, box) > part * best for anchor in anchors):
+        best = max(iou(anchor, box) for anchor in anchors)
+        for i, of_cell in enumerate(cells):
+            if any(iou(anchor, box) > part * best for anchor in of_cell):
                 mask[i] = 1
     return mask
 
 
-def convolve(features, adapter):
-    """A 3x3 convolution with a border of zeros as a sum of nine shifted products: [B, C, H, W] -> [B, D, H, W]."""
-    x = np.pad(features.detach().double().numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    weight, (height, width) = adapter.weight.detach().double().numpy(), features.shape[-2:]
-    out = adapter.bias.detach().double().numpy()[None, :, None, None]
-    for i in range(3):
-        for j in range(3):
-            out = out + np.einsum("bchw,dc->bdhw", x[:, :, i : i + height, j : j + width], weight[:, :, i, j])
-    return out
+def backbone_by_hand(student, teacher, masks, norm):
+    """L_backbone and Z; student, teacher: nested lists of L levels [B, C, H, W]; masks: of [B, H, W]."""
+    total = below = 0.0
+    for level in zip(student, teacher, masks, strict=True):
+        for mine, wanted, mask in zip(*level, strict=True):
+            for i, row in enumerate(mask):
+                for j, weight in enumerate(row):
+                    below += weight * (1 if norm == "cells" else sum(t[i][j] ** 2 for t in wanted))
+                    total += weight * sum((s[i][j] - t[i][j]) ** 2 for s, t in zip(mine, wanted, strict=True))
+    return total / (2 * below), below
 
 
 def match_anchors(anchors, boxes):
@@ -91,153 +123,119 @@ def match_anchors(anchors, boxes):
     return found
 
 
-class Row(NamedTuple):
-    """A region, and both models' raw outputs there; label 0 is the background."""
-
-    region: list
-    teacher_region: list
-    gt_box: list
-    label: int
-    logits: list
-    deltas: list
-    teacher_logits: list
-    teacher_deltas: list
+def both_models(student, teacher):
+    """The batch as a step sees it: images, targets, [(model, its pyramid)] of both, lists of each image's anchors."""
+    torch.manual_seed(5)  # as run()
+    images, targets = student.transform(*batch())
+    pixels = images.tensors.contiguous(memory_format=torch.channels_last)
+    models = [(model, model.backbone(pixels)) for model in (student, teacher)]
+    generator = student.anchor_generator if isinstance(student, RetinaNet) else student.rpn.anchor_generator
+    return images, targets, models, [grid.tolist() for grid in generator(images, list(models[0][1].values()))]
 
 
-class ByHand:
-    """The three losses of a batch, worked out from both models' raw outputs.
-
-    Args:
-        step, teacher, batch: what run() of small_detectors is given; every image has boxes.
-        proposals: student, teacher, both, or nearest (without sharing).
-    """
-
-    def __init__(self, step, teacher, batch, proposals="student"):
-        student = step.student
-        self.retinanet = isinstance(student, RetinaNet)
-        self.decode = partial(decode, weights=(1, 1, 1, 1)) if self.retinanet else decode
-        torch.manual_seed(5)  # as run()
-        images, self.targets = student.transform(*batch)
-        pixels = images.tensors.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            self.models = [(model, model.backbone(pixels)) for model in (student, teacher)]
-            features, teacher_features = (list(pyramid.values()) for _, pyramid in self.models)
-            self.adapted = [convolve(f, a) for f, a in zip(features, step.adapters, strict=True)]
-            self.wanted = [f.double().numpy() for f in teacher_features]
-            generator = student.anchor_generator if self.retinanet else student.rpn.anchor_generator
-            self.anchors = [grid.tolist() for grid in generator(images, features)]
-            rows = list(self.anchor_rows() if self.retinanet else self.region_rows(images, proposals))
-        self.positives = [row for row in rows if row.label]
-        self.background = [row for row in rows if not row.label]
-
-    def anchor_rows(self):
-        outputs = [model.head(list(pyramid.values())) for model, pyramid in self.models]
-        for i, (anchors, target) in enumerate(zip(self.anchors, self.targets, strict=True)):
-            boxes, labels = target["boxes"].tolist(), target["labels"].tolist()
-            both = [o[key][i].double().tolist() for o in outputs for key in ("cls_logits", "bbox_regression")]
-            for anchor, k, *raw in zip(anchors, match_anchors(anchors, boxes), *both, strict=True):
-                if k != "neither":
-                    yield Row(anchor, anchor, boxes[k or 0], 0 if k is None else labels[k], *raw)
-
-    def region_rows(self, images, proposals):
-        (student, features), (teacher, teacher_features) = self.models
-        own, _ = student.rpn(images, features, self.targets)
-        mine = student.roi_heads.select_training_samples(own, self.targets)[0]
-        if proposals == "student":
-            return self.rows_at(mine, mine)
-        taught, _ = teacher.rpn(images, teacher_features)
-        if proposals == "nearest":
-            return self.rows_at(*self.nearest(own, taught))
-        theirs = student.roi_heads.select_training_samples(taught, self.targets)[0]
-        if proposals == "both":
-            theirs = [torch.cat(regions) for regions in zip(mine, theirs, strict=True)]
-        return self.rows_at(theirs, theirs)
-
-    def nearest(self, own, taught):
-        """Of the student's and of the teacher's proposals those that overlap a box best: two lists of [M, 4]."""
-        found = ([], [])
-        for *proposals, target in zip(own, taught, self.targets, strict=True):
-            boxes = target["boxes"].tolist()
-            best = [[max(p.tolist(), key=partial(iou, box)) for p in proposals] for box in boxes]
-            near = [two for two, box in zip(best, boxes, strict=True) if iou(two[0], box) >= 0.5]
-            for i in (0, 1):
-                found[i].append(torch.tensor([two[i] for two in near]).view(-1, 4))
-        return found
-
-    def rows_at(self, mine, theirs):
-        """The rows of the student's regions, and of the teacher's beside them."""
-        outputs = []
-        for (model, features), regions in zip(self.models, (mine, theirs), strict=True):
-            heads = model.roi_heads
-            logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, regions, [(64, 96)] * 2)))
-            outputs += [iter(logits.double().tolist()), iter(deltas.double().tolist())]
-        for own, taught, target in zip(mine, theirs, self.targets, strict=True):
-            boxes, labels = target["boxes"].tolist(), target["labels"].tolist()
-            for region, other in zip(own.tolist(), taught.tolist(), strict=True):
-                overlaps = [iou(region, box) for box in boxes]
-                best = overlaps.index(max(overlaps))
-                k = labels[best] if overlaps[best] >= 0.5 else 0
-                logits, deltas, teacher_logits, teacher_deltas = map(next, outputs)
-                cut = slice(4 * k, 4 * k + 4)
-                yield Row(region, other, boxes[best], k, logits, deltas[cut], teacher_logits, teacher_deltas[cut])
-
-    def backbone_loss(self, kind="gaussian", norm="energy", sigma2=2.0):
-        strides = STRIDES["retinanet" if self.retinanet else "faster-rcnn"]
-        total = below = 0.0
-        for image, target in enumerate(self.targets):
-            boxes, start, per_cell = target["boxes"].tolist(), 0, 9 if self.retinanet else 3
-            grid = self.anchors[image]
-            cells = [grid[i : i + per_cell] for i in range(0, len(grid), per_cell)]
-            fine = fine_grained_by_hand(boxes, cells) if kind == "fine-grained" else None
-            for stride, mine, wanted in zip(strides, self.adapted, self.wanted, strict=True):
-                height, width = mine.shape[2:]
-                if fine:
-                    mask = np.array(fine[start : start + height * width]).reshape(height, width)
-                else:
-                    mask = np.array(mask_by_hand(boxes, height, width, stride, sigma2, kind))
-                start += height * width
-                below += (mask * (1 if norm == "cells" else (wanted[image] ** 2).sum(0))).sum()
-                total += (mask * ((mine[image] - wanted[image]) ** 2).sum(0)).sum()
-        return total / (2 * below)
-
-    def cross_entropy(self, row):
-        if not self.retinanet:
-            student, teacher = softmax(row.logits), softmax(row.teacher_logits)
-            return -sum(t * math.log(s) for t, s in zip(teacher, student, strict=True))
-        return -sum(  # the first column, of the background, is left out
-            sigmoid(t) * math.log(sigmoid(s)) + sigmoid(-t) * math.log(sigmoid(-s))
-            for s, t in zip(row.logits[1:], row.teacher_logits[1:], strict=True)
-        )
-
-    def cls_loss(self, gate="none", soft_labels="positive"):
-        """L_cls, and how many regions are kept; with soft labels on all, background regions weigh 1.5."""
-        of = (lambda logits: logits) if self.retinanet else softmax
-        kept = [r for r in self.positives if gate == "none" or of(r.teacher_logits)[r.label] > of(r.logits)[r.label]]
-        rest = self.background if soft_labels == "all" else []
-        total = sum(map(self.cross_entropy, kept)) + 1.5 * sum(map(self.cross_entropy, rest))
-        return total / (len(self.positives) + len(rest)), len(kept)
-
-    def reg_loss(self, gate="proposal"):
-        """L_reg, and how many gates are open."""
-        total, opened = 0.0, 0
-        for row in self.positives:
-            reference = row.region if gate == "proposal" else self.decode(row.deltas, row.region)
-            taught = self.decode(row.teacher_deltas, row.teacher_region)
-            if gate == "none" or iou(taught, row.gt_box) > iou(reference, row.gt_box):
-                opened += 1
-                total += sum(map(smooth_l1, row.deltas, row.teacher_deltas))
-        return total / len(self.positives), opened
+@torch.no_grad()
+def backbone_of_batch(step, teacher, kind, norm, sigma2):
+    """L_backbone of the batch."""
+    _, targets, models, anchors = both_models(step.student, teacher)
+    mine, wanted = (list(pyramid.values()) for _, pyramid in models)
+    boxes, per_cell = [target["boxes"].tolist() for target in targets], 9 if isinstance(step.student, RetinaNet) else 3
+    if kind == "fine-grained":
+        fine = [iter(fine_grained_by_hand(b, grid, per_cell)) for b, grid in zip(boxes, anchors, strict=True)]
+    masks = []
+    for stride, level in zip(step.student.strides, wanted, strict=True):
+        height, width = level.shape[2:]
+        if kind == "fine-grained":
+            masks.append([[list(islice(cells, width)) for _ in range(height)] for cells in fine])
+        else:
+            masks.append([mask_by_hand(b, height, width, stride, sigma2, kind) for b in boxes])
+    weights = [(adapter.weight.double(), adapter.bias.double()) for adapter in step.adapters]
+    adapted = [F.conv2d(f.double(), *w, padding=1).tolist() for f, w in zip(mine, weights, strict=True)]
+    return backbone_by_hand(adapted, [f.tolist() for f in wanted], masks, norm)[0]
 
 
-def compared_by_hand(student, teacher, proposals="student", soft="positive", cls_gate="none", reg_gate="proposal"):
-    """Holds a step's L_cls and L_reg against the equations; returns ByHand, and how many regions each gate keeps."""
-    regions = {"no_sharing": True} if proposals == "nearest" else {"proposals": proposals}
-    step = make_step(student, teacher, soft_labels=soft, cls_gate=cls_gate, reg_gate=reg_gate, **regions)
+def anchor_rows(targets, models, anchors):
+    outputs = [model.head(list(pyramid.values())) for model, pyramid in models]
+    for i, (grid, target) in enumerate(zip(anchors, targets, strict=True)):
+        boxes, labels = target["boxes"].tolist(), target["labels"].tolist()
+        both = [o[key][i].tolist() for o in outputs for key in ("cls_logits", "bbox_regression")]
+        for anchor, k, *raw in zip(grid, match_anchors(grid, boxes), *both, strict=True):
+            if k != "neither":
+                yield Row(0 if k is None else labels[k], anchor, anchor, boxes[k or 0], *raw)
+
+
+def regions_of(settings, images, targets, models):
+    """The regions of the student's head, and the teacher's beside them: two lists of B [R, 4]."""
+    (student, features), (teacher, teacher_features) = models
+    own, _ = student.rpn(images, features, targets)
+    mine = student.roi_heads.select_training_samples(own, targets)[0]
+    taught, _ = teacher.rpn(images, teacher_features)
+    if settings.no_sharing:
+        return nearest(own, taught, targets)
+    if settings.proposals == "student":
+        return mine, mine
+    theirs = student.roi_heads.select_training_samples(taught, targets)[0]
+    if settings.proposals == "both":
+        theirs = [torch.cat(regions) for regions in zip(mine, theirs, strict=True)]
+    return theirs, theirs
+
+
+def nearest(own, taught, targets):
+    """Of the student's and of the teacher's proposals those that overlap a box best: two lists of B [M, 4]."""
+    found = ([], [])
+    for *proposals, target in zip(own, taught, targets, strict=True):
+        boxes = target["boxes"].tolist()
+        best = [[max(p.tolist(), key=partial(iou, box)) for p in proposals] for box in boxes]
+        near = [two for two, box in zip(best, boxes, strict=True) if iou(two[0], box) >= 0.5]
+        for i in (0, 1):
+            found[i].append(torch.tensor([two[i] for two in near]).view(-1, 4))
+    return found
+
+
+def region_rows(regions, targets, models):
+    outputs = []
+    for (model, features), each in zip(models, regions, strict=True):
+        heads = model.roi_heads
+        raw = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, each, [(64, 96)] * 2)))
+        outputs += [iter(output.tolist()) for output in raw]
+    for mine, theirs, target in zip(*regions, targets, strict=True):
+        boxes, labels = target["boxes"].tolist(), target["labels"].tolist()
+        for region, other in zip(mine.tolist(), theirs.tolist(), strict=True):
+            overlaps = [iou(region, box) for box in boxes]
+            best = overlaps.index(max(overlaps))
+            k = labels[best] if overlaps[best] >= 0.5 else 0
+            logits, deltas, teacher_logits, teacher_deltas = map(next, outputs)
+            own = slice(4 * k, 4 * k + 4)
+            yield Row(k, region, other, boxes[best], logits, deltas[own], teacher_logits, teacher_deltas[own])
+
+
+@torch.no_grad()
+def compared_by_hand(student, teacher, **settings):
+    """Holds a step's L_cls and L_reg against the equations; returns the rows, and how many regions each gate keeps."""
+    step, retinanet = make_step(student, teacher, **settings), isinstance(student, RetinaNet)
+    settings = step.settings
     _, distillation, seen = run(step, batch(), teacher)
-    hand = ByHand(step, teacher, batch(), proposals)
-    (cls, kept), (reg, opened) = hand.cls_loss(cls_gate, soft), hand.reg_loss(reg_gate)
-    assert seen["positives"].item() == len(hand.positives)
-    assert seen["gate_open"].item() == pytest.approx(opened / len(hand.positives), rel=1e-5)
-    assert distillation[CLS].item() == pytest.approx(cls, rel=1e-4)
-    assert distillation[REG].item() == pytest.approx(reg, rel=1e-4)
-    return hand, kept, opened
+    images, targets, models, anchors = both_models(student, teacher)
+    if retinanet:
+        rows = list(anchor_rows(targets, models, anchors))
+    else:
+        rows = list(region_rows(regions_of(settings, images, targets, models), targets, models))
+    probabilities = (lambda logits: list(map(sigmoid, logits))) if retinanet else softmax
+    boxes = partial(decode, weights=(1, 1, 1, 1)) if retinanet else decode
+    cls = reg = kept = opened = 0
+    for label, *where, logits, deltas, teacher_logits, teacher_deltas in rows:
+        term = cross_entropy(logits, teacher_logits, retinanet)
+        if not label:
+            cls += 1.5 * term if settings.soft_labels == "all" else 0
+            continue
+        gain = probabilities(teacher_logits)[label] - probabilities(logits)[label]
+        if settings.cls_gate == "none" or gain > 0:
+            cls, kept = cls + term, kept + 1
+        if is_open(settings.reg_gate, deltas, teacher_deltas, *where, boxes):
+            reg, opened = reg + smooth_l1(deltas, teacher_deltas), opened + 1
+    positives = sum(row.label > 0 for row in rows)
+    assert seen["positives"].item() == positives
+    assert seen["gate_open"].item() == pytest.approx(opened / positives, rel=1e-5)
+    counted = len(rows) if settings.soft_labels == "all" else positives
+    assert distillation[CLS].item() == pytest.approx(cls / counted, rel=1e-4)
+    assert distillation[REG].item() == pytest.approx(reg / positives, rel=1e-4)
+    return rows, kept, opened

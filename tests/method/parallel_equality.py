@@ -1,6 +1,6 @@
 """The gradient of N processes with B / N images each against that of one process with all B, term by term.
 
-    PYTHONPATH=. python tests/method/parallel_equality.py [--processes 1 2 4]
+    PYTHONPATH=.:tests python tests/method/parallel_equality.py [--processes 1 2 4]
 
 Prints the largest relative difference, |g_N - g_1| / |g_1| over all parameters, for every loss term of both detectors
 and for three batches of four images of one size (images of several sizes are padded to the largest of their process).
@@ -15,14 +15,10 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
+from small_detectors import KINDS, detector, make_step
 from torch.nn.parallel import DistributedDataParallel
 
-from tar.detectors.build import build_detector
-from tar.method.step import DistillationSettings, DistillationStep
-
-SMALL = {"min_size": 64, "max_size": 64, "anchor_scale": 4, "rois": 64, "rpn_top_n": (400, 100), "head_channels": 32}
-SMALL |= {"norm": "frozen", "trainable_layers": 1}
-DETECTORS = ("faster-rcnn", "retinanet")
 BOXES = [
     [[4.0, 4, 30, 30], [20, 24, 60, 60]],
     [[10.0, 6, 22, 50], [30, 30, 44, 40], [50, 50, 54, 55]],
@@ -38,23 +34,17 @@ BATCHES = {  # which of the four images have boxes
 
 @cache
 def build(kind):
-    """A step and its teacher. The stages that do not train would only make every backward longer."""
-    models = []
-    for seed, width in enumerate((16, 24)):
-        torch.manual_seed(seed)
-        models.append(build_detector(kind, "r10", 3, fpn_channels=width, **SMALL))
-    student, teacher = models
-    torch.manual_seed(2)
-    settings = DistillationSettings(weight_backbone=1.0, weight_cls=1.0, weight_reg=1.0, reg_gate="none")
-    return DistillationStep(student, settings, 24).train(), teacher.eval().requires_grad_(False)
+    """A step and its teacher. The backbone does not train: its gradient is that of the pyramid, and takes long."""
+    student = detector(kind, norm="frozen", trainable_layers=0).train()
+    teacher = detector(kind, seed=1, norm="frozen", fpn_channels=24).eval().requires_grad_(False)
+    return make_step(student, teacher, reg_gate="none"), teacher
 
 
 def batch(has_boxes):
     random = torch.Generator().manual_seed(3)
-    images = [torch.rand(3, 64, 64, generator=random) for _ in BOXES]
-    targets = []
+    images, targets = [torch.rand(3, 64, 64, generator=random) for _ in BOXES], []
     for boxes, has in zip(BOXES, has_boxes, strict=True):
-        boxes = torch.tensor(boxes if has else []).reshape(-1, 4)
+        boxes = torch.tensor(boxes if has else []).view(-1, 4)
         targets.append({"boxes": boxes, "labels": torch.arange(len(boxes)) % 3 + 1})
     return images, targets
 
@@ -62,23 +52,18 @@ def batch(has_boxes):
 def gradients(kind, has_boxes, rank, world):
     """{loss term: its gradient with respect to all that is trained}, by this process's share of the images."""
     step, teacher = build(kind)
-    images, targets = batch(has_boxes)
-    mine = slice(rank * len(images) // world, (rank + 1) * len(images) // world)
-    images, targets = images[mine], targets[mine]
-    detection, distillation, _ = step(images, [dict(t) for t in targets], teacher)
-    trained, found = [p for p in step.parameters() if p.requires_grad], {}
-    for name, term in {**detection, **distillation}.items():
-        whole = [torch.zeros_like(p) for p in trained]
-        if term.requires_grad:
-            whole = torch.autograd.grad(term, trained, retain_graph=True, materialize_grads=True)
-        found[name] = torch.cat([g.flatten() for g in whole])
+    share = slice(rank * len(BOXES) // world, (rank + 1) * len(BOXES) // world)
+    wrapped = DistributedDataParallel(step) if world > 1 else step
+    detection, distillation, _ = wrapped(*(part[share] for part in batch(has_boxes)), teacher)
+    terms, trained, found = detection | distillation, [p for p in step.parameters() if p.requires_grad], {}
+    for name, term in terms.items():
+        each = torch.autograd.grad(term, trained, retain_graph=True, materialize_grads=True)
+        found[name] = torch.cat([g.flatten() for g in each])
         if world > 1:  # as DDP does
             dist.all_reduce(found[name])
             found[name] /= world
     step.zero_grad()
-    wrapped = DistributedDataParallel(step) if world > 1 else step
-    detection, distillation, _ = wrapped(images, [dict(t) for t in targets], teacher)
-    sum([*detection.values(), *distillation.values()]).backward()
+    sum(terms.values()).backward()
     found["all, by DDP"] = torch.cat([p.grad.flatten() for p in trained])
     return found
 
@@ -93,7 +78,7 @@ def work(rank, processes, folder, batches):
         if world > 1:
             where = {"init_method": f"file://{folder}/meet{world}", "rank": rank, "world_size": world}
             dist.init_process_group("gloo", **where)
-        found = {(kind, name): gradients(kind, has, rank, world) for kind in DETECTORS for name, has in batches.items()}
+        found = {(kind, name): gradients(kind, has, rank, world) for kind in KINDS for name, has in batches.items()}
         if rank == 0:
             torch.save(found, f"{folder}/{world}.pth")
         if world > 1:
@@ -104,7 +89,8 @@ def table(processes, batches=BATCHES):
     """{(processes, detector, batch, term): (relative difference, whether the gradient is not zero)}."""
     rows, sizes = {}, sorted({1, *processes})
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (sizes, folder, batches), nprocs=sizes[-1])
+        mp.set_forkserver_preload(["torchvision"])  # imported once for all processes
+        mp.start_processes(work, (sizes, folder, batches), nprocs=sizes[-1], start_method="forkserver")
         found = {n: torch.load(f"{folder}/{n}.pth", weights_only=True) for n in sizes}
     for world in processes:
         for (kind, name), terms in found[world].items():

@@ -82,8 +82,7 @@ def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP, pro
     one for each distillation term.
     """
     parameters = [p for p in step.parameters() if p.requires_grad]
-    options = {"momentum": args.momentum, "weight_decay": args.weight_decay, "fused": True}
-    optimizer = torch.optim.SGD(parameters, lr, **options)
+    optimizer = torch.optim.SGD(parameters, lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     guard = Guard(step, optimizer, torch.amp.GradScaler("cpu", enabled=False), process.device)
     epochs = math.ceil(steps * args.batch_size / len(source))
     batches = [b for e in range(epochs) for b in train_batches(len(source), args.batch_size, seed, e, wide=source.wide)]
@@ -101,8 +100,7 @@ def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP, pro
         optimizer.zero_grad()
         guard.poisoned(loss).backward()
         bad, norm = guard.step(loss, args.clip_grad)
-        terms = {"detection": detection, "norm": norm, "bad": bad, **distillation}
-        for name, value in terms.items():
+        for name, value in {"detection": detection, "norm": norm, "bad": bad, **distillation}.items():
             curve.setdefault(name, []).append(round(float(value.detach()), 4))
         if guard.longest >= 3:
             break
@@ -112,9 +110,8 @@ def train(step, teacher, args, source, lr, seed, steps=STEPS, warmup=WARMUP, pro
 def photographs(data_path):
     """The training source, and 24 of its photographs in one size for the stand-ins."""
     source, _ = load_dataset("voc", data_path, limit_train=2 * STEPS, limit_test=1)
-    every = max(len(source) // 24, 1)
-    images = [source.load(0, i)[0] for i in range(0, len(source), every)][:24]
-    return source, torch.stack([v2.resize(image, [160, 213]) for image in images]).float() / 255
+    chosen = range(0, len(source), max(len(source) // 24, 1))[:24]
+    return source, torch.stack([v2.resize(source.load(0, i)[0], [160, 213]) for i in chosen]).float() / 255
 
 
 def detector_of(args, backbone, scale, folder, source, seed, process):
@@ -170,20 +167,19 @@ def summary(run):
 def report(runs):
     """The table of all pairs, and what does not hold in it."""
     rows, wrong = [], []
-    for setting in settings():
-        *where, distilled = setting
-        plain, tar = (runs.get(name_of(*where, which)) for which in (False, True))
-        if distilled or not plain:
+    for *where, distilled in settings():
+        name, twin = name_of(*where, False), name_of(*where, True)
+        if distilled or name not in runs:
             continue
-        bad, loss, clipped = summary(plain)
+        bad, loss, clipped = summary(runs[name])
         row = [*map(str, where), str(bad), f"{loss:.2f}", f"{100 * clipped:.0f}%"]
-        if tar:
-            tar_bad, tar_loss, tar_clipped = summary(tar)
-            row += [str(tar_bad), f"{tar_loss:.2f}", f"{100 * tar_clipped:.0f}%", f"{tar_loss / loss:.2f}"]
-            if not bad and (tar_bad or not tar_loss <= 1.15 * loss):
-                wrong.append(name_of(*setting))
+        if twin in runs:
+            its_bad, its_loss, its_clipped = summary(runs[twin])
+            row += [str(its_bad), f"{its_loss:.2f}", f"{100 * its_clipped:.0f}%", f"{its_loss / loss:.2f}"]
+            if not bad and (its_bad or not its_loss <= 1.15 * loss):
+                wrong.append(name)
         if not bad and clipped >= 1 / 3:
-            wrong.append(f"{name_of(*setting)}: clipped")
+            wrong.append(f"{name}: clipped")
         rows.append(row + ["-"] * (11 - len(row)))
     header = ["detector", "lr", "scale", "seed", "plain: bad", "loss", "clipped"]
     print(markdown([*header, "TAR: bad", "its loss", "its clipped", "ratio"], rows))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from by_hand import fine_grained_by_hand, mask_by_hand
+from by_hand import backbone_by_hand, drawn, drawn_boxes, fine_grained_by_hand, mask_by_hand
 
 from tar.method.backbone_level import (
     Adapter,
@@ -16,14 +16,7 @@ from tar.method.backbone_level import (
     pyramid_masks,
 )
 
-
-def drawn_boxes(seed, count, side, least=0.0):
-    random = torch.Generator().manual_seed(seed)
-    corners = torch.rand(count, 2, 2, generator=random, dtype=torch.float64) * side
-    return torch.cat([corners.amin(1), corners.amax(1) + least], 1)
-
-
-# Masks
+SIZES = [(9, 12), (5, 6), (1, 1)]  # of the levels
 
 
 def test_gaussian_mask_has_the_values_done_by_hand():
@@ -46,29 +39,25 @@ def test_no_boxes_and_boxes_without_area_or_cell_give_zeros():
 
 @pytest.mark.parametrize("kind", ["gaussian", "box", "full"])
 def test_masks_of_a_batch_whose_second_image_has_no_boxes(kind):
-    boxes, sizes = drawn_boxes(7, 5, 64), ((8, 16), (4, 8))
+    boxes, sizes = drawn_boxes(5, seed=7, side=64), ((8, 16), (4, 8))
     boxes[3, 2:] = boxes[3, :2]  # without area
-    targets = [{"boxes": boxes}, {"boxes": boxes[:0]}]
-    features = [torch.zeros(2, 5, *size) for size in sizes]
+    targets, features = [{"boxes": boxes}, {"boxes": boxes[:0]}], [torch.zeros(2, 5, *size) for size in sizes]
     masks = pyramid_masks(targets, features, (8, 16), kind, sigma2=1.5)
-    assert [tuple(m.shape) for m in masks] == [(2, 8, 16), (2, 4, 8)]
-    for mask, size, stride in zip(masks, sizes, (8, 16), strict=True):
-        for i, rows in enumerate((boxes.tolist(), [])):
-            expected = torch.tensor(mask_by_hand(rows, *size, stride, 1.5, kind), dtype=torch.float64)
-            torch.testing.assert_close(mask[i], expected, rtol=1e-12, atol=0)
-            if kind == "gaussian":
-                assert torch.equal(gaussian_mask(boxes[: len(rows)], *size, stride, 1.5), mask[i])
     boxless = pyramid_masks(targets[1:], [f[:1] for f in features], (8, 16), kind)
-    assert all((m == float(kind == "full")).all() for m in boxless)
+    for mask, empty, size, stride in zip(masks, boxless, sizes, (8, 16), strict=True):
+        expected = [mask_by_hand(rows, *size, stride, 1.5, kind) for rows in (boxes.tolist(), [])]
+        torch.testing.assert_close(mask, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+        assert torch.equal(empty[0], mask[1])
+        if kind == "gaussian":
+            assert torch.equal(gaussian_mask(boxes, *size, stride, 1.5), mask[0])
 
 
 @pytest.mark.parametrize("part", [0.5, 0.8])
 def test_fine_grained_mask_is_the_definition(part):
-    sizes, each = [(4, 6), (2, 3)], 3
+    sizes = [(4, 6), (2, 3)]
     for seed in range(3):
-        boxes, anchors = drawn_boxes(seed, 3, 60, 4), drawn_boxes(seed + 9, 30 * each, 90, 4)
-        cells = [anchors[each * i : each * (i + 1)].tolist() for i in range(30)]
-        expected = fine_grained_by_hand(boxes.tolist(), cells, part)
+        boxes, anchors = drawn_boxes(3, seed, least=4), drawn_boxes(3 * 30, seed + 9, 90, 4)
+        expected = fine_grained_by_hand(boxes.tolist(), anchors.tolist(), 3, part)
         assert 0 < sum(expected) < 30
         levels = fine_grained_mask(boxes, anchors, sizes, part)
         assert [tuple(m.shape) for m in levels] == sizes
@@ -83,26 +72,27 @@ def test_fine_grained_mask_leaves_out_half_of_the_best_and_boxes_that_no_anchor_
     assert fine_grained_mask(torch.zeros(0, 4), anchors, [(1, 1), (1, 3)])[1].tolist() == [[0, 0, 0]]
 
 
-# Adapters
+@pytest.mark.parametrize("norm", ["energy", "cells"])
+def test_the_loss_is_the_equation_and_its_gradient_that_of_finite_differences(norm):
+    student, teacher = ([drawn(2, 3, *size, seed=seed) for size in SIZES[1:]] for seed in (1, 2))
+    masks = [drawn(2, *size, seed=3).abs() for size in SIZES[1:]]
+    expected, below = backbone_by_hand(*([x.tolist() for x in levels] for levels in (student, teacher, masks)), norm)
+    normalizer = backbone_normalizer(teacher, masks, norm)
+    assert normalizer.item() == pytest.approx(below, rel=1e-12)
+    assert backbone_loss(student, teacher, masks, normalizer).item() == pytest.approx(expected, rel=1e-12)
+    inputs = [s.requires_grad_() for s in student]
+    assert torch.autograd.gradcheck(lambda *s: backbone_loss(s, teacher, masks, normalizer), inputs)
 
-SIZES = [(9, 12), (5, 6), (1, 1)]
 
-
-def drawn_features(seed=0):
-    """Adapters, both models' features and masks of three levels in double precision."""
-    torch.manual_seed(seed)
+def test_the_cells_under_the_mask_give_the_loss_and_the_gradients_of_all_cells():
+    torch.manual_seed(0)
     adapters = [Adapter(4, 6).double() for _ in SIZES]
-    features = [torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True) for size in SIZES]
-    taught = [torch.randn(2, 6, *size, dtype=torch.float64) for size in SIZES]
+    features = [drawn(2, 4, *size).requires_grad_() for size in SIZES]
+    taught = [drawn(2, 6, *size, seed=1) for size in SIZES]
     masks = [torch.rand(2, *size, dtype=torch.float64) * (torch.rand(2, *size) < 0.4) for size in SIZES]
     masks[0][0, 0, 0] = masks[0][1, -1, -1] = 0.7  # the corners: their neighbours lie outside
     masks[1][1] = 0  # an image without a box
     masks[2][:] = 0  # a level without a cell
-    return adapters, features, taught, masks
-
-
-def test_the_cells_under_the_mask_give_the_loss_and_the_gradients_of_all_cells():
-    adapters, features, taught, masks = drawn_features()
     inputs, losses, found = [*features, *(p for a in adapters for p in a.parameters())], [], []
     for sparse in (False, True):
         mine, wanted, where = adapted_features(adapters, features, taught, masks, sparse)
@@ -121,8 +111,7 @@ def test_neighbouring_cells_add_up_to_the_same_bits_with_several_threads(dtype):
     torch.manual_seed(0)
     adapter, cells = Adapter(8, 8).to(dtype), torch.ones(2, 60, 60).nonzero(as_tuple=True)
     features = torch.randn(2, 8, 60, 60).to(dtype).requires_grad_()
-    weight, threads = torch.randn(7200, 8).to(dtype), torch.get_num_threads()
-    gradients = []
+    weight, threads, gradients = torch.randn(7200, 8).to(dtype), torch.get_num_threads(), []
     try:
         torch.set_num_threads(4)
         for _ in range(5):
@@ -130,36 +119,3 @@ def test_neighbouring_cells_add_up_to_the_same_bits_with_several_threads(dtype):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(g, gradients[0]) for g in gradients)
-
-
-# The loss: two images, three channels, levels of 4 x 5 and 2 x 3 cells
-
-
-def drawn(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-STUDENT = drawn(2, 3, 4, 5, seed=1), drawn(2, 3, 2, 3, seed=2)
-TEACHER = drawn(2, 3, 4, 5, seed=3), drawn(2, 3, 2, 3, seed=4)
-WEIGHTS = drawn(2, 4, 5, seed=5).abs(), drawn(2, 2, 3, seed=6).abs()
-
-
-@pytest.mark.parametrize("norm", ["energy", "cells"])
-def test_the_loss_is_the_equation(norm):
-    total = below = 0.0
-    for s, t, m in zip(STUDENT, TEACHER, WEIGHTS, strict=True):
-        s, t = s.tolist(), t.tolist()
-        for b, rows in enumerate(m.tolist()):
-            for i, row in enumerate(rows):
-                for j, weight in enumerate(row):
-                    below += weight * (1 if norm == "cells" else sum(t[b][c][i][j] ** 2 for c in range(3)))
-                    total += weight * sum((s[b][c][i][j] - t[b][c][i][j]) ** 2 for c in range(3))
-    normalizer = backbone_normalizer(TEACHER, WEIGHTS, norm)
-    assert normalizer.item() == pytest.approx(below, rel=1e-12)
-    assert backbone_loss(STUDENT, TEACHER, WEIGHTS, normalizer).item() == pytest.approx(total / (2 * below), rel=1e-12)
-
-
-def test_its_gradient_is_that_of_finite_differences():
-    student = [s.clone().requires_grad_() for s in STUDENT]
-    normalizer = backbone_normalizer(TEACHER, WEIGHTS)
-    assert torch.autograd.gradcheck(lambda *s: backbone_loss(s, TEACHER, WEIGHTS, normalizer), student)

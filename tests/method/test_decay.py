@@ -17,8 +17,6 @@ BY_HAND = {
 @pytest.mark.parametrize("kind", BY_HAND)
 def test_decay_over_twelve_steps(kind):
     assert {step: decay(step, 12, kind) for step in BY_HAND[kind]} == pytest.approx(BY_HAND[kind], abs=1e-12)
-    values = [decay(step, 12, kind) for step in range(20)]
-    assert values == sorted(values, reverse=True)
     assert decay(0, 0, kind) == 1  # a run without steps
     if kind in ("linear", "cosine"):
         assert decay(997, 997, kind) == 0  # exactly: the teacher is not run where the weight is 0

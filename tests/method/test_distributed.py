@@ -3,19 +3,16 @@
 import json
 
 import parallel_equality
-import pytest
 from beside import beside
-from tiny_runs import read_log, read_result
+from tiny_runs import call, read_log, read_result
 
 import eval as evaluation
 
 
-@pytest.mark.parametrize("which", ["teacher", "run"])
-def test_one_process_measures_what_two_measured(two_processes, which, tmp_path):
-    run, figures = getattr(two_processes, which), tmp_path / "figures.json"
-    flags = ["--workers", "0", "--threads", "1", "--device", "cpu", "--json", str(figures)]
-    evaluation.main(["--weights", str(run / "last.pth"), *flags])
-    measured, result = json.loads(figures.read_text()), read_result(run)
+def test_one_process_measures_what_two_measured(two_processes, tmp_path):
+    flags = ("--workers", 0, "--threads", 1, "--device", "cpu", "--json", tmp_path / "figures.json")
+    call(evaluation.main, "--weights", two_processes.run / "last.pth", *flags)
+    measured, result = json.loads((tmp_path / "figures.json").read_text()), read_result(two_processes.run)
     assert measured["test_images"] == result["test_images"] == 7
     assert all(measured[k] == result[k] for k in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "per_class"))
 
@@ -33,12 +30,12 @@ def test_both_processes_share_an_epoch_and_one_writes(two_processes):
 
 
 @beside
-def detectors(_):
-    chosen = ("boxes in all images", "a process without boxes")  # four processes: parallel_equality.py
-    return parallel_equality.table([1, 2], batches={name: parallel_equality.BATCHES[name] for name in chosen})
+def halves(_):
+    names = ("boxes in all images", "a process without boxes")  # four processes: parallel_equality.py
+    return parallel_equality.table([2], {name: parallel_equality.BATCHES[name] for name in names})
 
 
-def test_every_loss_of_two_halves_has_the_gradient_of_the_whole(detectors):
-    assert len(detectors) == 2 * 2 * (8 + 6)
-    assert max(difference for difference, _ in detectors.values()) < 1e-6
-    assert all(not_zero for _, not_zero in detectors.values())
+def test_every_loss_of_two_halves_has_the_gradient_of_the_whole(halves):
+    assert len(halves) == 2 * (8 + 6)
+    assert max(difference for difference, _ in halves.values()) < 1e-6
+    assert all(not_zero for _, not_zero in halves.values())

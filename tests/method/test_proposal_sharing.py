@@ -1,4 +1,4 @@
-"""Regions other than the student's: the teacher's proposals, both models' together, and each model's own."""
+"""No sharing: each model's own proposals."""
 
 import pytest
 import torch
@@ -6,15 +6,6 @@ from by_hand import compared_by_hand
 from small_detectors import detector, pair
 
 from tar.method.proposal_sharing import nearest_proposals
-
-
-@pytest.mark.parametrize("whose", ["teacher", "both"])
-def test_other_proposals_are_the_regions_of_the_equations(whose):
-    hand, _, opened = compared_by_hand(*pair(), whose)
-    assert 0 < opened < len(hand.positives)
-
-
-# No sharing
 
 BOX, FAR = [0.0, 0, 10, 10], [80.0, 80, 90, 90]
 
@@ -45,6 +36,6 @@ def test_images_without_proposals_or_boxes_give_no_pair(own, taught, boxes):
 def test_without_sharing_each_head_runs_on_its_own_models_proposals(gate):
     student, teacher = detector(rpn_top_n=(100, 200)).train(), pair()[1]
     teacher.rpn.head.bbox_pred.weight *= 20  # lest its proposals be anchors, and no gate open
-    hand, _, opened = compared_by_hand(student, teacher, "nearest", reg_gate=gate)
-    assert 0 < opened < len(hand.positives) < 5  # of five boxes: the student's few proposals are far from some
-    assert all(row.region != row.teacher_region for row in hand.positives) and not hand.background
+    rows, _, opened = compared_by_hand(student, teacher, no_sharing=True, reg_gate=gate)
+    assert 0 < opened < len(rows) < 5  # of five boxes: the student's few proposals are far from some
+    assert all(row.label and row.region != row.teacher_region for row in rows)

@@ -2,23 +2,21 @@
 
 import json
 import re
-import subprocess
-import sys
+import zipfile
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_detectors import CLASSES, KINDS, batch, make_step, pair, same
 from tiny_runs import call, read_result
 
 import eval as eval_script
 from tar import UserError
 from tar.data.image_files import read_image
-from tar.detectors.build import build_detector
 from tar.method.backbone_level import gaussian_mask
 from tar.method.regression_level import paired_iou
-from tar.method.step import DistillationSettings, DistillationStep
 from tar.pictures.charts import chart, ticks
 from tar.pictures.export import export
 from tar.pictures.images_to_show import flags_of, images_to_show, open_test_set
@@ -37,71 +35,64 @@ def models(voc):
 
 @pytest.fixture(scope="module")
 def sample(voc):
+    """An image of the test set, and its target."""
     args = flags_of(checkpoint.load(voc.run / "last.pth")["settings"])
-    return next(images_to_show(["1"], open_test_set(args, ("disc", "square"))))
+    return next(images_to_show(["1"], open_test_set(args, ("disc", "square"))))[1:]
 
 
 def test_the_view_is_what_the_losses_use(models, sample, voc):
-    torch.manual_seed(0)
-    view = step_on_image(models.step, models.teacher, *sample[1:])
-    truth, positive = sample[2]["boxes"] * torch.tensor([64 / 96, 48 / 72] * 2), view.positive  # 96 x 72 became 64 x 48
+    view = step_on_image(models.step, models.teacher, *sample)
+    truth, positive = sample[1]["boxes"] * torch.tensor([64 / 96, 48 / 72] * 2), view.positive  # 96 x 72 became 64 x 48
     assert torch.allclose(view.target["boxes"], truth, atol=1e-4) and view.image.shape == (3, 48, 64)
     for mask, error, stride in zip(view.masks, view.errors, models.models["TAR student"].strides, strict=True):
         assert torch.allclose(mask, gaussian_mask(truth, *mask.shape, stride), atol=1e-5)
         assert error.shape == mask.shape and error.max() > 0
     overlaps = torch.stack([paired_iou(positive.region, box.expand(len(positive.label), 4)) for box in truth])
     best, index = overlaps.max(0)
-    assert len(best) and (best >= 0.5 - 1e-3).all() and torch.equal(sample[2]["labels"][index], positive.label)
+    assert len(best) and (best >= 0.5 - 1e-3).all() and torch.equal(sample[1]["labels"][index], positive.label)
     assert torch.equal(view.gate, paired_iou(view.teacher_boxes, truth[index]) > best)
     with torch.inference_mode():  # the teacher's head at these regions, by torchvision's own parts
-        images, _ = models.teacher.transform([sample[1] / 255])
+        images, _ = models.teacher.transform([sample[0] / 255])
         heads, features = models.teacher.roi_heads, models.teacher.backbone(images.tensors)
         pooled = heads.box_roi_pool(features, [positive.region], images.image_sizes)
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
         boxes = heads.box_coder.decode(deltas, [positive.region])[range(len(best)), positive.label]
     assert torch.allclose(logits, positive.teacher_logits, atol=1e-4)
     assert torch.allclose(boxes, view.teacher_boxes, atol=1e-3)
-    saved, mine = checkpoint.load(voc.run / "last.pth")["adapters"], models.step.adapters.state_dict()
-    assert saved.keys() == mine.keys() and all(torch.equal(mine[name], value) for name, value in saved.items())
+    assert same(checkpoint.load(voc.run / "last.pth")["adapters"], models.step.adapters.state_dict())
 
 
 def test_show_writes_a_panel_for_each_image(voc, plain, tmp_path, capsys):
     flags = "--output", tmp_path, "--threshold", 0.1
-    call(eval_script.main, "--weights", voc.run / "last.pth", "--show", 2, *flags)
+    images = [voc.data / f"JPEGImages/0000{number}.jpg" for number in (13, 12)]
+    call(eval_script.main, "--weights", voc.run / "last.pth", "--show", *images, *flags)
     files = sorted(tmp_path.glob("*.png"))
     assert [f.stem for f in files] == ["000012", "000013"] and str(files[0]) in capsys.readouterr().out
     pixels = np.asarray(Image.open(files[1]).convert("RGB"))
     assert pixels.shape[0] > 800 and pixels.shape[1] > 1200
     for label in (1, 2):  # both classes are drawn in their colours
         assert (pixels == class_colour(label)).all(2).sum() > 50
-    files[0].unlink()
-    call(eval_script.main, "--weights", voc.run / "last.pth", "--show", voc.data / "JPEGImages/000013.jpg", *flags)
-    assert list(tmp_path.glob("*.png")) == files[1:] and Image.open(files[1]).size == pixels.shape[1::-1]
     call(eval_script.main, "--weights", plain.run / "last.pth", "--show", 1, *flags)
     assert Image.open(tmp_path / "image-0.png").height < pixels.shape[0] / 2  # no teacher: detections only
 
 
 def test_each_level_has_a_picture_of_its_own(models, sample):
-    name, *image = sample
     bars, boxes = {}, {}
     for level in ("backbone", "cls", "reg"):
-        pixels = np.asarray(models.panel(*image, 0.5, name, level).convert("RGB"))
+        pixels = np.asarray(models.panel(*sample, 0.5, "title", level).convert("RGB"))
         bars[level] = (pixels == TEACHER).all(2).sum()
         boxes[level] = sum((pixels == colour).all(2).sum() for colour in (PASSES, STOPPED))
     assert bars["cls"] > 50 and bars["backbone"] == bars["reg"] == 0
     assert boxes["reg"] > 500 > 50 > boxes["backbone"] + boxes["cls"]  # grey letters have some grey points
 
 
-@pytest.mark.parametrize("detector", ["faster-rcnn", "retinanet"])
-def test_an_image_without_a_box(detector):
-    build = {"fpn_channels": 16, "head_channels": 32, "rois": 16, "min_size": 64, "max_size": 64}
-    torch.manual_seed(0)
-    student, teacher = (build_detector(detector, name, 2, **build).eval() for name in ("r10", "r18"))
-    step = DistillationStep(student, DistillationSettings(), 16).eval()
-    target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-    view = step_on_image(step, teacher, torch.full((3, 64, 64), 90, dtype=torch.uint8), target)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_without_a_box(kind):
+    student, teacher = pair(kind)
+    image, target = torch.full((3, 64, 64), 90, dtype=torch.uint8), batch(boxless=[0])[1][0]
+    view = step_on_image(make_step(student, teacher).eval(), teacher, image, target)
     assert len(view.gate) == len(view.positive.label) == 0 and all(mask.max() == 0 for mask in view.masks)
-    assert sheet(method_rows(view, ("a", "b")), "title").width > 200
+    assert sheet(method_rows(view, CLASSES), "title").width > 200
 
 
 def test_models_that_do_not_belong_together_are_named(voc, plain, tmp_path):
@@ -187,39 +178,22 @@ def test_charts():
     assert "no numbers" not in text and "a &lt;title&gt;" in text and chart("t", {"a": []}) == ""
 
 
-READER = """
-import sys, torch, torchvision
-assert not any(name == "tar" or name.startswith("tar.") for name in sys.modules)
-images = torch.load("images.pt")
-for name in ("faster-rcnn", "retinanet"):
-    model = torch.jit.load(f"{name}.pt")
-    with torch.jit.optimized_execution(False):
-        torch.save([model([image])[1][0] for image in images], f"{name}.found")
-"""
-
-
-def test_exported_detectors_say_the_same_without_this_package(voc, tmp_path):
-    """In a fresh process."""
-    torch.manual_seed(0)
-    build = {"fpn_channels": 16, "min_size": 64, "max_size": 64, "anchor_scale": 4, "rpn_top_n": (50, 20)}
-    models = {"retinanet": build_detector("retinanet", "r10", 2, **build).eval()}
-    models["faster-rcnn"] = checkpoint.load_detector(voc.run / "last.pth")[0]
-    with torch.no_grad():  # untrained: scores above torchvision's threshold
-        models["retinanet"].head.classification_head.cls_logits.weight *= 20
-        models["retinanet"].head.classification_head.cls_logits.bias += 3
-    images = [read_image(file).float() / 255 for file in sorted((voc.data / "JPEGImages").iterdir())[:2]]
-    images.append(images[0].flip(2)[:, 5:, :70])
-    torch.save(images, tmp_path / "images.pt")
-    for name, model in models.items():
-        export(model, tmp_path / f"{name}.pt")
-    subprocess.run([sys.executable, "-W", "ignore", "-c", READER], cwd=tmp_path, check=True, timeout=150)
-    for name, model in models.items():
-        for image, found in zip(images, torch.load(tmp_path / f"{name}.found"), strict=True):
-            with torch.inference_mode():
-                wanted = model([image])[0]
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_detectors_say_the_same_without_this_package(kind, tmp_path):
+    model = pair(kind)[0].eval()
+    images = [*batch()[0], torch.rand(3, 91, 70)]
+    export(model, tmp_path / "model.pt")
+    with zipfile.ZipFile(tmp_path / "model.pt") as file:
+        names = file.namelist()
+    assert any("/__torch__/torchvision/" in name for name in names) and not any("/tar/" in name for name in names)
+    exported = torch.jit.load(tmp_path / "model.pt")
+    with torch.inference_mode(), torch.jit.optimized_execution(False):
+        for image in images:
+            [wanted], (_, [found]) = model([image]), exported([image])
             assert len(wanted["boxes"]) > 2 and torch.equal(found["labels"], wanted["labels"])
-            assert torch.allclose(found["boxes"], wanted["boxes"], atol=1e-3)
-            assert torch.allclose(found["scores"], wanted["scores"], atol=1e-5)
+            for name, most in (("boxes", 1e-3), ("scores", 1e-5)):
+                assert torch.allclose(found[name], wanted[name], atol=most)
 
 
 def test_what_is_wrong_is_named(voc, plain, tmp_path, capsys):

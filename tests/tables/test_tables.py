@@ -1,18 +1,20 @@
 """The tables: their rows and commands, the figures of several seeds, the file, and a table that is killed."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
 from beside import beside
-from tiny_runs import ROOT, SMALL, call
+from tiny_runs import ROOT, SMALL, call, command
 
 import eval as evaluation
 import train
@@ -22,8 +24,10 @@ from tar.tables.rows import command_of, rows_of
 from tar.tables.run_table import gate_by_quarter, run_table
 from tar.training import flags as options
 from tar.training.process import Process
+from tar.training.run_folder import settings_of
 
 KEPT = [file for file in sorted((ROOT / ".results").glob("*.json")) if file.stem not in ("bench", "sgd-stability")]
+CPU = Process(0, 1, torch.device("cpu"), "none")
 
 
 def parsed(words):
@@ -45,8 +49,8 @@ def table_of(*rows, **about):
     """A table of rows (title, kind, runs, and what else a row has)."""
     common = {"paper": None, "whole": False, "teacher_row": None, "command": "a command"}
     rows = [{"title": t, "kind": kind, "runs": of_row, **common, **dict(*more)} for t, kind, of_row, *more in rows]
-    start = {"table": "voc", "dataset": "coco", "detector": "faster-rcnn", "split": "test", "test_images": 4952}
-    return {**start, "papers": False, "rows": rows, **about}
+    start = {"dataset": "coco", "detector": "faster-rcnn", "test_images": 4952, "papers": False}
+    return {**start, "rows": rows, **about}
 
 
 def tables_in(text):
@@ -59,15 +63,13 @@ def tables_in(text):
 
 
 class TestRows:
-    def test_the_papers_seven_rows(self, tmp_path):
-        rows = rows_of(parsed("--table voc"), tmp_path)
+    def test_the_papers_seven_rows_and_their_flags(self, tmp_path):
+        args = parsed("--table shapes --student r10 --teacher r18 --teacher-epochs 9 --epochs 5 --weight-cls 2")
+        rows = rows_of(args, tmp_path)
         assert [row.paper for row in rows] == [70.0, 72.4, 73.2, 73.4, 73.8, 74.5, 74.3, None]
         assert [row.kind for row in rows] == [PLAIN, *[DISTILLED] * 5, TEACHER, EQUAL]
-
-    def test_the_flags_of_each_kind_of_row(self, tmp_path):
-        args = parsed("--table shapes --student r10 --teacher r18 --teacher-epochs 9 --epochs 5 --weight-cls 2")
-        plain, _, level, *_, teacher, equal = (row.flags(args) for row in rows_of(args, tmp_path))
-        assert (plain.student, plain.teacher, plain.epochs, plain.weight_cls) == ("r10", None, 5, 1.0)
+        plain, _, level, *_, teacher, equal = (row.flags(args) for row in rows)
+        assert (plain.student, plain.teacher, plain.epochs) == ("r10", None, 5)
         assert (level.weight_backbone, level.weight_cls, level.weight_reg, level.decay) == (0, 2.0, 0, "none")
         assert options.distillation_settings(level).weights() == {"distill_cls": 2.0}
         assert (teacher.student, teacher.teacher, teacher.epochs) == ("r18", None, 9)
@@ -83,21 +85,21 @@ class TestRows:
         assert teachers("--table gates") == {}
 
     @pytest.mark.parametrize("name", options.TABLES)
-    def test_every_rows_command_gives_the_rows_flags(self, name, tmp_path):
-        args = parsed(
-            f"--table {name} --student r10 --teacher r18 --dataset voc --recipe shapes --size 64 96 --epochs 5"
-        )
+    def test_every_rows_command_gives_the_rows_settings(self, name, tmp_path):
+        words = "--student r10 --teacher r18 --dataset voc --recipe shapes --size 64 96 --epochs 5 --workers 3"
+        args = parsed(f"--table {name} {words}")
         args.data_path = "a folder"
         for row in rows_of(args, tmp_path):
-            again, expected = vars(options.parse(shlex.split(command_of(row.flags(args)))[2:])), vars(row.flags(args))
-            apart = {"table", "output", "no_backbone", "no_cls", "no_reg"}  # the levels are shown by their weights
-            assert {k for k in again if k not in apart and again[k] != expected[k]} == set()
+            again = options.parse(shlex.split(command_of(row.flags(args)))[2:])
+            assert settings_of(again, CPU) == settings_of(row.flags(args), CPU) and again.workers == 3
 
     def test_a_row_that_cannot_be_is_refused_before_any_is_trained(self, tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             call(train.main, *SMALL, "--table", "proposals", "--detector", "retinanet", "--output", tmp_path)
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and "--table proposals" in error and "RetinaNet's anchors" in error
+        with pytest.raises(UserError, match="--table teachers: its rows name their teachers"):
+            run_table(parsed(f"--table teachers --teacher r34 --output {tmp_path}"), CPU, None)
         assert not list(tmp_path.iterdir())
 
 
@@ -187,7 +189,7 @@ class TestRunTable:
         """run_table() without training: what is said, the runs in their order as (title, flags), and the table."""
         args = parsed(words)
         args.output = folder
-        process, said, runs = Process(0, 1, torch.device("cpu"), "none"), [], []
+        process, said, runs = replace(CPU), [], []
         process.say = said.append
 
         def trained(flags, process, parent, name, title):
@@ -221,49 +223,42 @@ class TestRunTable:
 
     def test_rows_with_teachers_of_their_own(self, tmp_path):
         said, runs, table = self.run(tmp_path, "--table teachers --epochs 10")
-        assert [row["teacher_row"] for row in table["rows"] if row["whole"]][1:] == [
-            "teacher r34",
-            "teacher r50",
-            "teacher r101",
-        ]
+        teachers = ["r18", "r34", "r50", "r101"]
+        assert [row["teacher_row"] for row in table["rows"] if row["whole"]] == [f"teacher {name}" for name in teachers]
+        assert [flags.teacher for _, flags in runs if flags.teacher] == teachers
         assert "The distillation (TAR from r101) costs 1.65 plain trainings: 17 epochs for 10." in said
-        assert [flags.teacher for _, flags in runs if flags.teacher] == ["r18", "r34", "r50", "r101"]
-        with pytest.raises(UserError, match="--table teachers: its rows name their teachers"):
-            self.run(tmp_path, "--table teachers --teacher r34")
 
 
 @beside
 def killed_table(folder):
     """A table killed after its first run, and finished: its file, the runs then and now, and what was printed."""
-
-    def begun():
-        words = [sys.executable, "train.py", *SMALL, "--table", "claim", "--epochs", 1, "--output", folder]
-        return subprocess.Popen([*map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    flags = [*SMALL, "--table", "claim", "--epochs", "1", "--output", str(folder)]
 
     def results():
         return {file: file.stat().st_mtime_ns for file in folder.glob("*/result.json")}
 
-    running, limit = begun(), time.monotonic() + 120
+    words, limit = [sys.executable, ROOT / "train.py", *flags], time.monotonic() + 120
+    running = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not results() and running.poll() is None and time.monotonic() < limit:
         time.sleep(0.01)
     running.kill()
     running.wait()
-    before, running = results(), begun()
-    out, error = running.communicate(timeout=150)
-    assert running.returncode == 0, error
-    return Namespace(file=folder / "table-claim-shapes-faster-rcnn.json", before=before, after=results(), out=out)
+    before, done = results(), command("train.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return Namespace(folder=folder, before=before, after=results(), out=done.stdout)
 
 
 def test_a_killed_table_is_finished_by_the_same_command(killed_table, tmp_path, capsys):
-    before, results, folder = killed_table.before, killed_table.after, killed_table.file.parent
+    before, results, folder = killed_table.before, killed_table.after, killed_table.folder
     assert 1 <= len(before) < 3 and before.items() <= results.items()  # what was done is kept
-    rows = {row["kind"]: row["runs"] for row in read_table(killed_table.file)["rows"]}
+    file = folder / "table-claim-shapes-faster-rcnn.json"
+    rows = {row["kind"]: row["runs"] for row in read_table(file)["rows"]}
     for [of_row] in rows.values():
         result = json.loads((folder / of_row["folder"] / "result.json").read_text())
         assert all(of_row[name] == result[name] for name in ("AP", "AP50", "AP75", "cost", "epochs", "seconds"))
     assert len(rows) == 4 and len(results) in (3, 4)  # the run of equal cost may be the plain one
     assert rows[EQUAL][0]["epochs"] == max(1, -int(-rows[DISTILLED][0]["cost"] // 1)) and rows[PLAIN][0]["cost"] == 1
-    (tmp_path / "a.json").write_bytes(killed_table.file.read_bytes())  # the file says all at another place
+    (tmp_path / "a.json").write_bytes(file.read_bytes())  # the file says all at another place
     call(evaluation.main, "--table", tmp_path / "a.json")
     assert capsys.readouterr().out.strip() in killed_table.out
 
@@ -277,12 +272,14 @@ def test_a_file_without_a_table_is_said_in_a_line(tmp_path, capsys):
         assert stopped.value.code == 2 and said in error and len(error.strip().splitlines()) == 1
 
 
-def test_a_reader_who_has_seen_enough_is_no_error():
+def test_a_reader_who_has_seen_enough_is_no_error(monkeypatch):
     """`eval.py --table ... | head`: the end that is read is closed before the table is printed."""
-    words = [sys.executable, ROOT / "eval.py", "--table", KEPT[0]]
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    running.stdout.close()
-    assert (running.stderr.read(), running.wait()) == (b"", 128 + signal.SIGPIPE)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe, monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "stdout", pipe)
+        call(evaluation.main, "--table", KEPT[0])
+    assert stopped.value.code == 128 + signal.SIGPIPE  # and the pipe could be flushed when it was closed
 
 
 @pytest.mark.parametrize("file", KEPT, ids=lambda file: file.stem)

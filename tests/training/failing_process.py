@@ -1,41 +1,45 @@
-"""train.py, whose second process meets an error in its second step: KIND, then train.py's flags."""
+"""train.py under torchrun, told how its processes are joined, whose second process fails at its fifth image.
+
+If a loader process reads the image, it is killed; else a fault of ours is raised.
+"""
 
 import os
 import signal
 import sys
 
 import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import train
-from tar import UserError
 from tar.data.shapes import Shapes
 
-ERRORS = {
-    "mistake": UserError("000007.jpg: cannot be read"),
-    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "fault": ZeroDivisionError("a fault of ours"),
-}
-kind, calls = sys.argv[1], []
-load, to_device = Shapes.load, train.to_device
+loads, load, set_up = [], Shapes.load, train.set_up
 
 
-def dying_load(*args):
-    calls.append(1)
-    if len(calls) >= 5 and torch.utils.data.get_worker_info():
+def failing_load(*args):
+    loads.append(1)
+    if len(loads) < 5:
+        return load(*args)
+    if torch.utils.data.get_worker_info():
         os.kill(os.getpid(), signal.SIGKILL)
-    return load(*args)
+    raise ZeroDivisionError("a fault of ours")
 
 
-def failing_step(*args):
-    calls.append(1)
-    if len(calls) >= 2:
-        raise ERRORS[kind]
-    return to_device(*args)
+def joined(*args):
+    """The process; says how long its groups wait, and whether buffers of a net with each kind of norm are sent."""
+    process = set_up(*args)
+    for group in (process.control, torch.distributed.group.WORLD):
+        process.say(f"wait {group._get_backend(torch.device('cpu')).options._timeout}")
+    for norm in (FrozenBatchNorm2d, nn.BatchNorm2d):
+        wrapped = process.parallel(nn.Sequential(nn.Conv2d(1, 2, 1), norm(2)))
+        sent = getattr(wrapped, "forward_sync_buffers", None)
+        process.say(f"send {wrapped.broadcast_buffers if sent is None else sent} {wrapped.gradient_as_bucket_view}")
+    return process
 
 
+train.set_up = joined
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds between a loader process's looks for its parent
 if os.environ["RANK"] == "1":
-    if kind == "loader":
-        Shapes.load = dying_load
-    else:
-        train.to_device = failing_step
-train.main(sys.argv[2:])
+    Shapes.load = failing_load
+train.main(sys.argv[1:])

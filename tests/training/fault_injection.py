@@ -24,53 +24,42 @@ FLAGS = """
     --device cpu --threads 1 --workers 0
     """
 COMMON = FLAGS.split()
-# Runs train.py and dies of SIGKILL at a point: "step 7", "write 3 0.4" (inside the third checkpoint, after 40% of its
-# bytes) or "rename 2" (before the second new checkpoint gets its name). The point's file is there until the kill.
+# Runs train.py and dies of SIGKILL at a point: "step 7 0", "write 3 0.4" (of the third checkpoint only 40% of its bytes
+# are there) or "rename 2 0" (before the second new checkpoint gets its name). The point's file is there until the kill.
 PROGRAM = """
-import io, os, signal, sys
+import os, signal, sys
 from pathlib import Path
-import torch
 import train
 from tar.training.guard import Guard
 
 point = Path(sys.argv[1])
 kind, number, share = point.read_text().split() if point.exists() else ("none", "0", "0")
-seen = 0
+seen, step, fsync, replace = 0, Guard.step, os.fsync, os.replace
 
-def reached(what):
+def pass_by(what, before=lambda: None):
     global seen
-    if kind != what or os.environ.get("RANK", "0") != "0":
-        return False
-    seen += 1
-    return seen == int(number)
-
-def die():
-    point.unlink()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-step, save, replace = Guard.step, torch.save, os.replace
+    seen += what == kind and os.environ.get("RANK", "0") == "0"
+    if what == kind and seen == int(number):
+        before()
+        point.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 def dying_step(*args):
     done = step(*args)
-    if reached("step"):
-        die()
+    pass_by("step")
     return done
 
-def dying_save(state, file):
-    if reached("write"):
-        whole = io.BytesIO()
-        save(state, whole)
-        file.write(whole.getvalue()[: int(len(whole.getvalue()) * float(share))])
-        file.flush()
-        die()
-    save(state, file)
+def dying_fsync(file):
+    if os.readlink(f"/proc/self/fd/{file}").endswith("last.pth.tmp"):
+        pass_by("write", lambda: os.truncate(file, int(os.fstat(file).st_size * float(share))))
+    fsync(file)
 
 def dying_replace(old, new):
-    if str(new).endswith("last.pth") and reached("rename"):
-        die()
+    if str(new).endswith("last.pth"):
+        pass_by("rename")
     replace(old, new)
 
-Guard.step, torch.save, os.replace = dying_step, dying_save, dying_replace
+Guard.step, os.fsync, os.replace = dying_step, dying_fsync, dying_replace
 train.main(sys.argv[2:])
 """
 

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from tar import UserError
-from tar.data.image_files import read_image
 from tar.training import checkpoint
 from tar.training.run_folder import checkpoint_to_resume
-from tar.training.stop_signals import Stopped
 
 STATE = {"model": {"w": torch.zeros(200_000)}, "build": {}, "classes": [], "settings": {"lr": 1}}
 
@@ -48,10 +46,18 @@ def test_damage_is_noticed_and_the_checkpoint_before_it_used(tmp_path, damage):
         resumed(tmp_path)
 
 
-def test_being_told_to_stop_is_not_taken_for_a_broken_image(monkeypatch, tmp_path):
-    def stop(*_):
-        raise Stopped("stopped", 15)
-
-    monkeypatch.setattr("PIL.Image.open", stop)
-    with pytest.raises(Stopped):
-        read_image(tmp_path / "a.jpg")
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda file: file.write_text("hello"), "no zip file"),
+        (lambda file: torch.save(torch.nn.Linear(1, 1), file), "more than tensors"),
+        (lambda file: torch.jit.save(torch.jit.script(torch.nn.ReLU()), file), r"\(a TorchScript file;[^(]{,40}\)$"),
+        (lambda file: torch.save({"model": {}}, file), "no settings"),
+        (lambda file: torch.save({"format": 2, **STATE}, file), "format 2"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_a_file_that_is_no_checkpoint_is_refused_with_the_reason(tmp_path, write, says):
+    write(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=says):
+        checkpoint.load(tmp_path / "a.pth")

@@ -17,8 +17,6 @@ PAIR = "--student r10 --teacher r18"
         (f"{PAIR} --no-sharing --soft-labels all", "--soft-labels all"),
         (f"{PAIR} --soft-labels all --cls-gate better", "--cls-gate better"),
         (f"{PAIR} --decay-end 1.5", "'1.5'"),
-        (f"{PAIR} --trainable-layers 6", "6"),
-        (f"{PAIR} --sigma2 0", "'0'"),
         ("--student r10 --teacher-weights coco", "--teacher BACKBONE"),
         ("--student r10 --proposals both", "--proposals needs --teacher BACKBONE"),
         ("--student r10 --train-json x.json", "--train-json needs --dataset coco"),

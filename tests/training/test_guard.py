@@ -1,13 +1,12 @@
 """Steps whose loss or gradient is not finite: they are skipped and counted, and a row of them ends the run."""
 
-import io
 import re
 from argparse import Namespace
-from contextlib import redirect_stderr
 
 import pytest
 import torch
-from small_detectors import batch, make_step, pair, same
+from small_detectors import make_step, pair, same
+from test_overfitting import Easy
 from tiny_runs import STEPS, call, read_log, weights_of
 from torch import nn
 
@@ -91,23 +90,13 @@ def test_a_gradient_is_clipped_to_its_norm():
     assert moved.item() == pytest.approx(0.1 * 0.5, rel=1e-4)
 
 
-class Pictures:
-    """A source of the small batch's images."""
-
-    wide = (False, False)
-
-    def load(self, epoch, index):
-        image, target = (x[index] for x in batch())
-        return (image * 255).byte(), *target.values(), torch.zeros(len(target["labels"]), dtype=torch.bool)
-
-
 def test_gradient_norms_are_those_of_each_weighted_term_alone():
     student, teacher = pair()
     step = make_step(student, teacher, weight_backbone=4.0, weight_cls=0.0, weight_reg=1.0)
-    run = Namespace(lambda_=lambda _: 0.5, module=step, teacher=teacher, train_set=Pictures(), args=Namespace(seed=0))
+    run = Namespace(lambda_=lambda _: 0.5, module=step, teacher=teacher, train_set=Easy(), args=Namespace(seed=0))
     run.process, run.seed_regions = Process(0, 1, CPU, "none"), lambda _: torch.manual_seed(3)
     norms = Run.gradient_norms(run, Done(False, 1, [(0, 0), (0, 1)], {}, None))
-    [(images, targets)] = make_loader(Pictures(), True, [[(0, 0), (0, 1)]], 0)
+    [(images, targets)] = make_loader(Easy(), True, [[(0, 0), (0, 1)]], 0)
     for name, weight in (("loss_classifier", 1.0), ("distill_backbone", 2.0), ("distill_reg", 0.5)):
         step.zero_grad()
         torch.manual_seed(3)
@@ -117,54 +106,32 @@ def test_gradient_norms_are_those_of_each_weighted_term_alone():
         assert norms[name] == pytest.approx(total, rel=1e-4) and total > 0
 
 
-# Whole runs
-
-
-def call_with_infinite_steps(numbers, *flags):
-    """Trains with one loss term infinite at some steps, counted from 1."""
-    original, seen = train.DistillationStep.forward, []
+def test_bad_steps_in_a_row_end_the_run_in_a_line_and_it_goes_on_from_before(voc, tmp_path, monkeypatch, capsys):
+    original, seen, run = train.DistillationStep.forward, [], tmp_path / "run"
 
     def forward(self, *args):
         detection, *rest = original(self, *args)
         seen.append(1)
-        if len(seen) in numbers:
+        if len(seen) in (4, 5):  # the first two steps of the second epoch
             detection["loss_box_reg"] = detection["loss_box_reg"] * float("inf")
         return detection, *rest
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.DistillationStep, "forward", forward)
-        call(train.main, *flags)
-
-
-def is_finite(run):
-    return all(torch.isfinite(v).all() for v in weights_of(run).values() if v.is_floating_point())
-
-
-@pytest.fixture(scope="module")
-def diverged(voc, tmp_path_factory):
-    """A distilled student whose first two steps of the second epoch were not finite, and what the run said."""
-    run = tmp_path_factory.mktemp("diverged") / "run"
+    monkeypatch.setattr(train.DistillationStep, "forward", forward)
     flags = [*voc.flags, "--teacher-weights", voc.teacher / "last.pth", "--max-bad-steps", 2, "--output", run]
-    with pytest.raises(SystemExit) as ended, redirect_stderr(io.StringIO()) as errors:
-        call_with_infinite_steps({4, 5}, *flags)
-    return Namespace(flags=flags, run=run, code=ended.value.code, error=errors.getvalue())
-
-
-def test_bad_steps_in_a_row_end_the_run_in_a_line_that_says_where_it_began(diverged):
-    [line] = diverged.error.strip().splitlines()
-    assert diverged.code == 3
+    with pytest.raises(SystemExit) as ended:
+        call(train.main, *flags)
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 3
     assert all(word in line for word in ("stopped at step 5", "first loss_box_reg", ".jpg", "--lr"))
-    *_, logged, skipped = read_log(diverged.run)[0]
+    *_, logged, skipped = read_log(run)[0]
     assert [logged["bad_steps"], skipped["bad_steps"]] == [0, 1]
     told = line.split("the last finite step was 3,")[1]
     found = {name: (float(a), float(b)) for name, a, b in re.findall(r"(\w+) ([\d.e+-]+) \(([\d.e+-]+)\)", told)}
     assert found.keys() == {name for name in logged if name.startswith(("loss_", "distill_"))}
     for name, (value, norm) in found.items():
         assert value == pytest.approx(logged[name], rel=6e-3, abs=1e-4) and norm > 0
-
-
-def test_a_run_that_bad_steps_ended_goes_on_from_a_finite_checkpoint(diverged, voc):
-    saved = checkpoint.load(diverged.run / "last.pth")
-    assert (saved["epoch"], saved["batch"]) == (1, 0) and is_finite(diverged.run)
-    call(train.main, *diverged.flags)
-    assert len(read_log(diverged.run)[0]) == STEPS and same(weights_of(diverged.run), weights_of(voc.run))
+    saved = checkpoint.load(run / "last.pth")
+    assert (saved["epoch"], saved["batch"]) == (1, 0)
+    assert all(torch.isfinite(v).all() for v in saved["model"].values())
+    call(train.main, *flags)
+    assert len(read_log(run)[0]) == STEPS and same(weights_of(run), weights_of(voc.run))

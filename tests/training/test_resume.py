@@ -17,7 +17,8 @@ import train
 from tar.training import checkpoint
 
 MEASURED = {"seconds", "cost", "ms_per_image"}  # by a clock
-STEPS = 8  # 2 epochs of 4 batches, with checkpoints after three and four of them
+STEPS = 8  # 2 epochs of 4 batches, with checkpoints after three and four of them; distilled up to step 6
+FLAGS = "--epochs 2 --student r10 --teacher r10 --optimizer sgd --lr 0.01 --clip-grad 5 --decay-end 0.75 --log-every 1"
 WHEN_THERE = 'until [ -e "$0" ]; do sleep 0.01; done; kill -s TERM -- "-$1"'
 
 
@@ -25,34 +26,19 @@ def figures(run):
     return {name: value for name, value in read_result(run).items() if name not in MEASURED}
 
 
-def at_step(patch, number, act):
-    """Calls act() in the middle of a run's step, counted from 1."""
-    original, seen = train.learning_rate, []
-
-    def learning_rate(*args):
-        seen.append(1)
-        if len(seen) == number:
-            act()
-        return original(*args)
-
-    patch.setattr(train, "learning_rate", learning_rate)
+def steps(run):
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in read_log(run)[0]]
 
 
-def break_off(number, *flags):
-    """Ends a run in the middle of a step, counted from 1."""
-
-    def interrupt():
-        raise KeyboardInterrupt  # that no handler takes for a signal: as abrupt as a kill
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at_step(patch, number, interrupt)
-        call(train.main, *flags)
+@pytest.fixture(autouse=True)
+def cost_of_one_batch(monkeypatch):
+    monkeypatch.setattr(train, "TIMED", 1)
 
 
 @beside
 def taught(folder):
     """A distilled student's flags, and its run without interruption."""
-    flags, unbroken = [*COMMON, "--epochs", "2", "--student", "r10", "--teacher", "r18"], folder / "unbroken"
+    flags, unbroken = [*COMMON, *FLAGS.split()], folder / "unbroken"
     done = command("train.py", *flags, "--output", unbroken)
     assert done.returncode == 0, done.stderr
     [teacher] = set(folder.iterdir()) - {unbroken}
@@ -69,11 +55,10 @@ def killed(folder, taught):
 def test_a_run_killed_inside_a_write_and_between_two_names_ends_equal(taught, killed, monkeypatch, capsys):
     run, code = killed
     assert code == -signal.SIGKILL
-    replace, names = os.replace, []
+    replace = os.replace
 
     def break_off_before_the_last_name(old, new):
-        names.append(new.name)
-        if names.count("last.pth") == 2:
+        if new.name == "last.pth":
             raise KeyboardInterrupt
         replace(old, new)
 
@@ -82,8 +67,7 @@ def test_a_run_killed_inside_a_write_and_between_two_names_ends_equal(taught, ki
         call(train.main, *taught.flags, "--output", run)
     assert not (run / "last.pth").exists()
     call(train.main, *taught.flags, "--output", run)
-    out = capsys.readouterr().out
-    assert "after step 3 of 8" in out and "after step 4 of 8" in out
+    assert capsys.readouterr().out.count("after step 3 of 8") == 2
     assert same(weights(run), weights(taught.unbroken))
 
 
@@ -108,7 +92,7 @@ def test_a_deterministic_run_on_a_gpu_that_is_killed_ends_equal(taught, tmp_path
 def terminated(folder, taught):
     """The folder, exit code and errors of a run with loader processes that all got SIGTERM after the first step."""
     run = folder / "run"
-    words = [sys.executable, "train.py", *taught.flags, "--workers", "2", "--log-every", "1", "--output", str(run)]
+    words = [sys.executable, "train.py", *taught.flags, "--workers", "2", "--output", str(run)]
     running = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:  # bash sees the first step at once
         subprocess.run(["bash", "-c", WHEN_THERE, run / "log.jsonl", str(running.pid)], timeout=100, check=True)
@@ -122,49 +106,41 @@ def test_a_termination_ends_the_step_saves_and_goes_on_to_the_same_end(taught, t
     run, code, error = terminated
     assert code == 143 and "Traceback" not in error
     saved = checkpoint.load(run / "last.pth")
-    steps = saved["epoch"] * 4 + saved["batch"]
-    assert len(read_log(run)[0]) == steps < STEPS
-    call(train.main, *taught.flags, "--log-every", 1, "--output", run)
-    assert f"after step {steps} of {STEPS}" in capsys.readouterr().out
+    done = saved["epoch"] * 4 + saved["batch"]
+    assert len(steps(run)) == done < STEPS
+    call(train.main, *taught.flags, "--output", run)
+    assert f"after step {done} of {STEPS}" in capsys.readouterr().out
     assert same(weights(run), weights(taught.unbroken)) and figures(run) == figures(taught.unbroken)
-    assert [line["step"] for line in read_log(run)[0]] == list(range(1, STEPS + 1))
+    assert steps(run) == steps(taught.unbroken)
+    assert [line["decay"] for line in steps(run)] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0])
 
 
-def test_a_keyboards_interrupt_ends_the_step_saves_and_ends_with_its_code(taught, tmp_path, monkeypatch, capsys):
-    at_step(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit) as ended:
-        call(train.main, *taught.flags, "--output", tmp_path / "run")
-    assert ended.value.code == 130 and "Traceback" not in capsys.readouterr().err
-    assert checkpoint.load(tmp_path / "run/last.pth")["batch"] == 2
+def test_an_interrupt_a_full_disk_and_a_damaged_checkpoint_lose_nothing(taught, tmp_path, monkeypatch, capsys):
+    run, seen, original = tmp_path / "run", [], train.learning_rate
 
+    def learning_rate(*args):
+        seen.append(1)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
 
-def test_another_optimizer_and_an_earlier_end_of_the_decay_go_on_to_the_same_weights(taught, tmp_path):
-    more = ["--optimizer", "sgd", "--lr", "0.01", "--clip-grad", "5", "--decay-end", "0.5", "--epochs", "1"]
-    flags = [*taught.flags, *more, "--log-every", 1]
-    call(train.main, *flags, "--output", tmp_path / "whole")
-    break_off(4, *flags, "--output", tmp_path / "run")
-    call(train.main, *flags, "--output", tmp_path / "run")
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
-    one, other = (read_log(tmp_path / name)[0] for name in ("run", "whole"))
-    for line in (*one, *other):
-        del line["images_per_second"]
-    assert one == other and [line["decay"] for line in one] == [1, 0.5, 0, 0]
+    def ends_with(code):
+        with pytest.raises(SystemExit) as ended:
+            call(train.main, *taught.flags, "--output", run)
+        [line] = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == code
+        return line
 
-
-def test_a_full_disk_loses_no_earlier_checkpoint_and_a_damaged_one_is_passed_over(taught, tmp_path, capsys):
-    run = tmp_path / "run"
-    break_off(6, *taught.flags, "--output", run)
-    before = {name: (run / name).read_bytes() for name in ("last.pth", "previous.pth")}  # after steps 4 and 3
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+    assert "stopped after step 6 of 8" in ends_with(130)
+    before = {name: (run / name).read_bytes() for name in ("last.pth", "previous.pth")}  # after steps 6 and 4
     (run / "last.pth.tmp").symlink_to("/dev/full")
-    with pytest.raises(SystemExit) as ended:
-        call(train.main, *taught.flags, "--output", run)
-    error = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and os.strerror(errno.ENOSPC) in error and len(error.splitlines()) == 1
+    assert os.strerror(errno.ENOSPC) in ends_with(2)
     assert {name: (run / name).read_bytes() for name in before} == before
     (run / "last.pth").write_bytes(before["last.pth"][:-1000])
     call(train.main, *taught.flags, "--output", run)
     out = capsys.readouterr().out
-    assert f"{run / 'previous.pth'}" in out and "after step 3 of 8" in out
+    assert f"{run / 'previous.pth'}" in out and "after step 4 of 8" in out
     assert same(weights(run), weights(taught.unbroken))
 
 
