@@ -108,7 +108,7 @@ def command_of(args):
         words += [f"--{name}", getattr(args, name)] * (getattr(args, name) != default)
     apart = {"table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student"}
     apart |= {f"weight_{level}" for level in LEVELS if getattr(args, f"no_{level}")}  # --no-LEVEL says it
-    apart |= set() if args.teacher else set(DISTILLATION)
+    apart |= set() if args.teacher else {*DISTILLATION, *(f"no_{level}" for level in LEVELS)}
     for name, usual in vars(parse(words)).items():
         value = getattr(args, name)
         if name not in apart and value not in (None, usual):

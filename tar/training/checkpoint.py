@@ -64,7 +64,10 @@ def load(path):
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
-        known = {UnpicklingError: "more than tensors and plain values", zipfile.BadZipFile: "no zip file, or cut short"}
+        known = {
+            UnpicklingError: "it holds more than tensors and plain values",
+            zipfile.BadZipFile: "no zip file, or cut short",
+        }
         what = known.get(type(error), one_line(error))
         raise UserError(f"{path}: cannot be read as a checkpoint ({what})") from error
     if not isinstance(state, dict) or not {"format", "model", "build", "classes", "settings"} <= state.keys():

@@ -167,6 +167,7 @@ def contradiction(args):
 
     plain = args.student and not (args.teacher or args.table)
     distilling = given((*(f"no_{level}" for level in LEVELS), *DISTILLATION))
+    distils_nothing = (args.table or not args.student) and not distillation_settings(args).weights()
     needs_student = args.teacher or args.teacher_weights or args.dataset != "shapes"
     other_regions = args.detector == "retinanet" and (args.no_sharing or args.proposals != "student")
     all_regions, (low, high) = args.soft_labels == "all", args.size
@@ -179,6 +180,7 @@ def contradiction(args):
         (low > high, f"--size {low} {high}: the limit of the longer side is below the shorter side"),
         (args.dataset == "coco" and args.split == "val", "--split val: COCO has one split to test on; cut your own"),
         (args.check_data and args.dataset == "shapes", "--check-data reads files, and shapes are drawn"),
+        (distils_nothing, "no level is left: nothing to distil"),
         (args.seeds > 1 and not args.table, "--seeds is of --table; one run has one --seed"),
         (other_regions, "--proposals and --no-sharing: RetinaNet's anchors are shared"),
         (args.no_sharing and args.proposals != "student", "--no-sharing contradicts --proposals"),

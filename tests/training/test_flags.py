@@ -27,6 +27,8 @@ PAIR = "--student r10 --teacher r18"
         ("--student r10 --seeds 3", "--seeds"),
         ("--mask blob", "--mask"),
         ("--size 64", "--size"),
+        ("--sigma2 0", "--sigma2"),
+        ("--no-backbone --no-cls --no-reg", "nothing to distil"),
         ("--student r10 --size 64 32", "--size 64 32"),
         ("--dataset voc", "--student"),
         ("--teacher r18", "--student"),

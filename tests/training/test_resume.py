@@ -144,16 +144,20 @@ def test_an_interrupt_a_full_disk_and_a_damaged_checkpoint_lose_nothing(taught, 
     assert same(weights(run), weights(taught.unbroken))
 
 
-def test_flags_that_say_how_to_compute_change_no_figure(plain, tmp_path, monkeypatch):
+def test_flags_that_say_how_to_compute_change_no_figure_nor_does_an_end_within_an_epoch(plain, tmp_path, monkeypatch):
     saved, save = [], checkpoint.save
 
     def note_save(path, state):
         saved.append((state["epoch"], state["batch"]))
         save(path, state)
+        if saved[-1] == (1, 2):
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "save", note_save)
     flags = ["--save-every", 2, "--workers", 2, "--log-every", 3, "--deterministic", "--output", tmp_path / "run"]
     try:
+        with pytest.raises(KeyboardInterrupt):
+            call(train.main, *plain.flags, *flags)
         call(train.main, *plain.flags, *flags)
         assert torch.are_deterministic_algorithms_enabled()
     finally:
