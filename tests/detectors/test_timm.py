@@ -4,11 +4,12 @@ import sys
 
 import pytest
 import torch
-from beside import beside
 from small_detectors import KINDS, batch, detector, make_step, norms
-from tiny_runs import ROOT, SMALL, command, read_result
+from tiny_runs import ROOT, SMALL, call, read_result
 from torchvision.models import resnet18
 
+import eval as evaluation
+import train
 from tar import UserError
 from tar.detectors.backbones import FrozenNorm, build_backbone
 from tar.method.step import teacher_pixels
@@ -63,27 +64,17 @@ def test_the_teacher_sees_pixels_of_its_own_mean():
     assert all(torch.isfinite(value) for losses in step(*batch(), teacher)[:2] for value in losses.values())
 
 
-@beside
-def exported(folder):
-    """The folder of each detector's student, its teacher and its export."""
-    names = ["--student", f"timm/{LITE[0]}", "--teacher", f"timm/{LITE[1]}", "--backbone-weights", WEIGHTS]
-    size = ["--epochs", 1, "--batch-size", 2, "--limit-train", 4, "--limit-test", 2]
-    for kind in KINDS if WEIGHTS.is_dir() else ():
-        run = folder / kind / "run"
-        training = "train.py", *SMALL, *size, *names, "--detector", kind, "--output", run
-        for words in (training, ("eval.py", "--weights", run / "last.pth", "--export", f"{folder / kind}.pt")):
-            done = command(*words)
-            assert done.returncode == 0, done.stderr
-    return folder
-
-
 @needs_weights
 @pytest.mark.parametrize("kind", KINDS)
-def test_commands_train_measure_and_export(kind, exported):
-    [teacher] = set((exported / kind).iterdir()) - {exported / kind / "run"}
-    assert read_result(exported / kind / "run")["cost"] > 1 and LITE[1] in teacher.name
+def test_commands_train_measure_and_export(kind, tmp_path):
+    flags = [*SMALL, "--epochs", 1, "--batch-size", 2, "--limit-train", 4, "--limit-test", 2, "--detector", kind]
+    names = ["--student", f"timm/{LITE[0]}", "--teacher", f"timm/{LITE[1]}", "--backbone-weights", WEIGHTS]
+    call(train.main, *flags, *names, "--output", tmp_path / "run")
+    [teacher] = set(tmp_path.iterdir()) - {tmp_path / "run"}
+    assert read_result(tmp_path / "run")["cost"] > 1 and LITE[1] in teacher.name
+    call(evaluation.main, "--weights", tmp_path / "run/last.pth", "--export", tmp_path / "student.pt")
     with torch.no_grad():
-        [found] = torch.jit.load(f"{exported / kind}.pt")([torch.rand(3, 64, 80)])[1]
+        [found] = torch.jit.load(tmp_path / "student.pt")([torch.rand(3, 64, 80)])[1]
     assert found.keys() == {"boxes", "labels", "scores"}
 
 
