@@ -9,6 +9,7 @@ import sys
 import unicodedata
 from collections import Counter
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -176,10 +177,16 @@ def _table(file, annotations, image_ids, labels):
     except KeyError as error:
         what = f"an annotation has image_id or category_id {reprlib.repr(error.args[0])}"
         raise UserError(f"{file}: {what}, which is not listed") from None
-    sides = [number(v) for box in annotations["bbox"] for v in (box if len(box) == 4 else [None] * 4)]
-    area = [number(value) for value in annotations["area"]]
-    sides, area = (np.array(numbers, dtype=np.float64) for numbers in (sides, area))  # None becomes NaN
+    sides = _numbers([*chain.from_iterable(box if len(box) == 4 else [None] * 4 for box in annotations["bbox"])])
     crowd = [is_true(value) for value in annotations["iscrowd"]]
-    table = np.column_stack([image, sides.reshape(-1, 4), label, crowd, area])
+    table = np.column_stack([image, sides.reshape(-1, 4), label, crowd, _numbers(annotations["area"])])
     rows = dict.fromkeys(table.view("V64").ravel().tolist())  # bytes, in which NaN equals NaN
     return np.frombuffer(bytearray().join(rows)).reshape(-1, 8)
+
+
+def _numbers(values):
+    """Values as float64, NaN for what is no number."""
+    try:
+        return np.array(values, dtype=np.float64)
+    except (OverflowError, TypeError, ValueError):
+        return np.array([number(value) for value in values], dtype=np.float64)
