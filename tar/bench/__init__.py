@@ -1,1 +1,1 @@
-"""The benchmark: `python -m tar.bench` times a training step, counts its arithmetic and measures its memory."""
+"""The benchmark: `python -m tar.bench` times a training step and counts its arithmetic."""

@@ -61,7 +61,10 @@ def finished_result(output, settings):
 
 
 def checkpoint_to_resume(output, settings, say):
-    """The newest sound checkpoint of a folder; None if it has none. UserError: all are broken, or of other settings."""
+    """The newest sound checkpoint of a folder, or None; `say` prints a line if last.pth is broken.
+
+    UserError: all are broken, or the newest is of other settings.
+    """
     files = [file for file in (output / "last.pth", output / checkpoint.PREVIOUS) if file.is_file()]
     if not files:
         return None
