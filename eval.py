@@ -25,7 +25,7 @@ from tar.training.parser import Parser, count, device_flags, number, positive
 from tar.training.process import set_up
 
 # flags that replace a run's own settings
-REPLACING = ("data_path", "split", "val_json", "val_images", "limit_test", "batch_size", "amp", "teacher_weights")
+REPLACING = ("data_path", "split", "val_json", "val_images", "limit_test", "batch_size", "teacher_weights")
 NEEDS = {"level": ["show"], "plain_weights": ["show"], "json": ["weights", "compare"]}  # flags that need one of others
 NEEDS |= {what: ["weights"] for what in ("show", "predict", "export")}
 
@@ -84,11 +84,16 @@ def main(argv=None):
             sys.exit(128 + signal.SIGPIPE)
 
 
+def as_trained(amp):
+    """The --amp for a run that was trained with this one: 16 bits only where the processor is fast at them."""
+    return "none" if amp == "none" else "auto"
+
+
 def look_at_weights(given):
     """--weights, alone or with --export, --predict or --show."""
     model, saved = checkpoint.load_detector(given.weights)
     args, classes = flags_of(saved["settings"], **given.replacing), saved["classes"]
-    process, run = set_up(given.device, args.amp, given.threads), Path(given.weights).parent
+    process, run = set_up(given.device, given.amp or as_trained(args.amp), given.threads), Path(given.weights).parent
     if process.world > 1 and (given.export or given.predict or given.show):
         raise UserError("--export, --predict and --show are of one process: leave torchrun out")
     if given.export:
@@ -128,7 +133,7 @@ def measure(model, classes, given, args, process):
 def look_at_runs(given):
     """--compare: figures and classes of runs side by side. --report: one page of HTML."""
     runs = compare_runs.open_runs(given.compare or given.report)
-    process = set_up(given.device, given.amp or runs[0].settings["amp"], given.threads)
+    process = set_up(given.device, given.amp or as_trained(runs[0].settings["amp"]), given.threads)
     if given.report:
         file = make_folder(given.output or runs[-1].folder) / "report.html"
         checkpoint.save_text(file, report(runs, given.threshold, given.replacing))

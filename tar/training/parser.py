@@ -53,4 +53,5 @@ def device_flags(group, amp="auto"):
     add("--device", default="auto", metavar="NAME", help="cpu, cuda; auto: cuda where there is one")
     add("--threads", type=count, default=0, metavar="N", help="CPU threads a process; 0: torch's choice")
     text = "precision of the convolutions; auto: bf16 where the processor has it"
+    text += "" if amp else " (default: none if trained so, else auto)"
     add("--amp", choices=("auto", "bf16", "fp16", "none"), default=amp, help=text)

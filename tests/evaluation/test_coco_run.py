@@ -14,7 +14,7 @@ import eval as evaluation
 import train
 from tar.data.coco import Coco
 from tar.evaluation.detect import detect
-from tar.training import checkpoint
+from tar.training import checkpoint, process
 
 
 def write_squares(folder, split, first, count):
@@ -74,3 +74,16 @@ def test_training_and_eval_give_pycocotools_own_figures_of_the_original_file(squ
     for figures in (result, json.loads(file.read_text())):
         assert [figures[name] for name in FIGURES] == pytest.approx(expected)
         assert figures["per_class"] == result["per_class"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "fast", "printed"), [("bf16", False, "none"), ("fp16", True, "bf16"), ("none", True, "none")]
+)
+def test_a_run_in_16_bits_is_measured_in_16_where_the_processor_is_fast(
+    trained, fast, printed, squares, monkeypatch, tmp_path, capsys
+):
+    saved = checkpoint.load(squares.run / "last.pth")
+    checkpoint.save(tmp_path / "last.pth", {**saved, "settings": {**saved["settings"], "amp": trained}})
+    monkeypatch.setattr(process, "has_bf16", lambda device: fast)
+    call(evaluation.main, "--weights", tmp_path / "last.pth", "--threads", 1, "--workers", 0)
+    assert f"8 test images of coco, {printed} autocast" in capsys.readouterr().out
