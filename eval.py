@@ -32,7 +32,9 @@ NEEDS |= {what: ["weights"] for what in ("show", "predict", "export")}
 
 def parser():
     """The command line of eval.py; what is not given is taken from the checkpoint's own settings."""
-    p = Parser(description="Look at what train.py has trained. --weights alone measures AP and, for voc, mAP.")
+    p = Parser(
+        description="Look at what train.py has trained. --weights alone measures AP; voc: mAP too (voc07, voc_area)."
+    )
     group = p.add_argument_group("what to look at (one of these)")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--weights", metavar="FILE", help="checkpoint, the last.pth of a run")
@@ -97,12 +99,12 @@ def look_at_weights(given):
     if process.world > 1 and (given.export or given.predict or given.show):
         raise UserError("--export, --predict and --show are of one process: leave torchrun out")
     if given.export:
-        export(model, given.export)
-        process.say(f"{given.export}: the {args.detector} of {given.weights}, for one image of any size")
+        process.say(f"{given.export}: the {args.detector} of {given.weights}, {export(model, given.export, classes)}")
     elif given.predict:
         folder = Path(given.output or run / "detections")
         images, boxes = predict(model, classes, given.predict, process, given.threshold, folder)
-        process.say(f"{boxes} detections on {images} images: {folder}, {folder / 'detections.json'}")
+        found = f"{boxes} detections at {given.threshold:g} or more on {images} images"
+        process.say(f"{found}: {folder}, {folder / 'detections.json'}")
     elif given.show:
         models = ModelsToShow(given.weights, given.teacher_weights, given.plain_weights)
         if given.level and models.teacher is None:
@@ -136,7 +138,7 @@ def look_at_runs(given):
     process = set_up(given.device, given.amp or as_trained(runs[0].settings["amp"]), given.threads)
     if given.report:
         file = make_folder(given.output or runs[-1].folder) / "report.html"
-        checkpoint.save_text(file, report(runs, given.threshold, given.replacing))
+        checkpoint.save_text(file, report(runs, given.threshold, given.replacing, process.say))
         process.say(f"{file}")
         return
     test_set = open_test_set(flags_of(runs[0].settings, **given.replacing), tuple(runs[0].result["per_class"]))

@@ -26,7 +26,7 @@ from tar.tables.run_table import run_table
 from tar.training import checkpoint, flags, run_folder
 from tar.training.failure import program
 from tar.training.guard import Done, Guard, diverged
-from tar.training.initial_weights import read_teacher, start_from
+from tar.training.initial_weights import check_student, read_teacher, start_from
 from tar.training.optimizer import build_optimizer, learning_rate
 from tar.training.process import set_up
 from tar.training.run import Run, RunState, restore
@@ -70,6 +70,8 @@ def train_with_teacher(args, process, parent=None, name=None, title=None):
             raise UserError(f"--backbone-weights {args.backbone_weights} fits the student only: {remedy}")
         teacher_args = teacher_of(args)
         teacher_args.output = parent / run_name(teacher_args, process)
+        if not (teacher_args.output / "result.json").is_file():
+            process.main_first(check_student, args)
         process.say(f"Teacher {args.teacher}: {teacher_args.output}")
         results[f"teacher {args.teacher}"] = train(teacher_args, data, process, f"teacher {args.teacher}")
         args = changed(args, teacher_weights=teacher_args.output / "last.pth")

@@ -93,7 +93,7 @@ def read_coco_file(file):
         except (UserError, ValueError):
             return _checked(json.loads(Path(file).read_bytes()), file)
     except (OSError, ValueError, RecursionError) as error:
-        remedy = "fetch it again, or give --data-path DIR, or --train-json, --train-images, --val-json and --val-images"
+        remedy = "fetch it again, or give --data-path DIR, or --val-json FILE (to train also --train-json FILE)"
         raise UserError(f"{file}: cannot be read as a JSON file ({one_line(error)}); {remedy}") from None
 
 

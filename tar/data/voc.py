@@ -11,7 +11,7 @@ from torchvision.datasets import VOCDetection
 from tar import UserError, one_line
 from tar.data.file_names import Files, stem_parts
 from tar.data.image_files import suffixes
-from tar.data.source import Source, counted, is_true, listed, number
+from tar.data.source import Source, counted, is_true, listed, number, of_all
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -75,16 +75,19 @@ def _listed_images(list_file):
     """The images of a list of names, with or without suffix and folders, perhaps with VOC's flag after them."""
     folder = list_file.parents[2]
     images = Files(folder / "JPEGImages", stem_parts, suffixes())
-    annotations = Files(folder / "Annotations", stem_parts, (".xml",))
+    annotations, missing = Files(folder / "Annotations", stem_parts, (".xml",)), []
     for entry in read_list(list_file):
         names = entry, re.sub(r"\s+-?[01]$", "", entry), entry.split()[0]
         name = next((name for name in names if images.fitting(name) or annotations.fitting(name)), entry)
         annotation = annotations.find(name, list_file)
         size, other, objects = read_annotation(annotation) if annotation else ((None, None), name, [])
         file = images.find(name, list_file, other) or images.find(other, list_file)
-        if not file:
-            raise UserError(f"{images.folder}: no image {entry!r}, but {list_file} lists it")
-        yield file, annotation, size, objects
+        if file:
+            yield file, annotation, size, objects
+        else:
+            missing.append(repr(entry))
+    if missing:
+        raise UserError(f"{images.folder}: no image {of_all(missing)}, but {list_file} lists it")
 
 
 def read_list(file):

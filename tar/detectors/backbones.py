@@ -126,7 +126,7 @@ def timm_backbone(name, weights, norm, stride, trained_stages):
         freeze_stages(network, 2 ** (5 - trained_stages))
     except Exception as error:  # whatever timm and its models raise
         text = f"{name}, --backbone-weights {weights}: timm's model cannot be a detector's backbone ({one_line(error)})"
-        raise UserError(text) from error
+        raise UserError(f"{text}; without a network {INSTEAD}" if weights == "imagenet" else text) from error
     cfg = network.pretrained_cfg
     network.pretrained_cfg = network.default_cfg = None  # it may hold the weights once more
     if norm == "frozen":

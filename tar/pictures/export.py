@@ -13,13 +13,12 @@ import torch
 from torchvision.models.detection import RetinaNet
 
 from tar import UserError, one_line
+from tar.data.source import listed
 
 
-def export(model, file):
-    """Writes a detector to FILE.pt (TorchScript) or FILE.onnx. The input is one image, float [3, H, W] in 0..1.
+def export(model, file, classes):
+    """Writes a detector to FILE.pt (TorchScript) or FILE.onnx, and returns how it is used, in words.
 
-    In TorchScript `model([image])` gives (losses, [{boxes, labels, scores}]); import torchvision before torch.jit.load.
-    ONNX has the input `image` and the outputs `boxes`, `labels`, `scores`.
     UserError: another suffix, no onnx package, or a file that cannot be written.
     """
     suffix = Path(file).suffix
@@ -43,3 +42,8 @@ def export(model, file):
                 torch.onnx.export(model, ([torch.rand(3, 96, 128)],), str(file), dynamo=False, **options)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--export {file}: cannot be written ({one_line(error)})") from error
+    use = {
+        ".onnx": "input `image`, outputs `boxes`, `labels`, `scores`",
+        ".pt": "`import torchvision` before torch.jit.load; model([image]) gives (losses, [{boxes, labels, scores}])",
+    }[suffix]
+    return f"for one image of any size, float [3, H, W] in 0..1; {use}; labels from 1: {listed(classes, 20)}"

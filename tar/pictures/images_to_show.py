@@ -13,6 +13,8 @@ from tar.training.flags import COCO_FILES, parse
 
 def flags_of(settings, **given):
     """A run's settings as flags of train.py; the given flags, if not None, replace them."""
+    if given.get("data_path"):  # another folder has its own files
+        settings = {**settings, **dict.fromkeys(COCO_FILES)}
     return Namespace(**{**vars(parse([])), **settings, **{k: v for k, v in given.items() if v is not None}})
 
 

@@ -16,10 +16,11 @@ pre { background: #f4f4f4; padding: .6rem; overflow-x: auto; } img { max-width: 
 figure { display: inline-block; margin: 0; width: 600px; max-width: 100%; }"""
 
 
-def report(runs, threshold, given):
+def report(runs, threshold, given, say):
     """The text of the HTML page of runs of open_runs().
 
-    threshold: least score of a detection in the pictures. given: flags of eval.py that replace the runs' own.
+    threshold: least score of a detection in the pictures. given: flags of eval.py that replace the runs' own. say:
+    prints why a run's pictures are left out.
     """
     results = {run.name: {k: v for k, v in run.result.items() if not isinstance(v, dict)} for run in runs}
     sections = {"Results": text(figures_text(results)), "Classes": text(class_text(runs))}
@@ -33,6 +34,7 @@ def report(runs, threshold, given):
             sections[f"Pictures of {run.name}"] = "".join(panels)
         except UserError as error:
             sections[f"Pictures of {run.name}"] = text(f"Left out: {error}")
+            say(f"Pictures of {run.name} are left out: {error}")
     settings = {run.name: {k: str(v) for k, v in {**run.settings, **run.result["environment"]}.items()} for run in runs}
     sections["Settings"] = text(figures_text(settings))
 

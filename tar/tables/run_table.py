@@ -6,11 +6,12 @@ from pathlib import Path
 from statistics import fmean, mean
 
 from tar import UserError
-from tar.tables.print_table import DISTILLED, EQUAL, FIGURES, table_text
+from tar.tables.print_table import DISTILLED, EQUAL, FIGURES, PLAIN, TEACHER, table_text
 from tar.tables.rows import command_of, rows_of
 from tar.training import checkpoint
 from tar.training.flags import TABLE_DATASETS, contradiction
-from tar.training.run_folder import changed, read_log
+from tar.training.initial_weights import check_student
+from tar.training.run_folder import changed, read_log, run_name
 
 ALL_OVER_TEACHER = 3.1  # time of all runs of the demonstration, over that of its first: 566 s over 182 s, measured
 
@@ -34,6 +35,9 @@ def run_table(args, process, train):
         if with_teacher and row.changes.get("teacher"):
             text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
             raise UserError(f"--table {args.table}: {text}")
+        first = parent / (row.folder or run_name(row.flags(args), process))
+        if row.kind in (PLAIN, TEACHER) and not (first / "result.json").is_file():
+            process.main_first(check_student, row.flags(args))
     table = {"table": args.table or "demo", "dataset": args.dataset, "detector": args.detector, "split": args.split}
     table["papers"] = args.dataset == TABLE_DATASETS.get(args.table)  # else its figures are of other data
     process.runs_ahead = 0.0 if args.table else ALL_OVER_TEACHER

@@ -65,6 +65,7 @@ def load(path):
         raise UserError(f"{path}: no such checkpoint") from None
     except Exception as error:  # torch raises many kinds for a file that is none of its own
         known = {
+            IsADirectoryError: "a folder; give the last.pth in it",
             UnpicklingError: "it holds more than tensors and plain values",
             zipfile.BadZipFile: "no zip file, or cut short",
         }

@@ -66,7 +66,7 @@ def data_flags(add):
 def model_flags(add):
     names = f"{', '.join(BACKBONES)} or timm/NAME"
     add("--student", f"backbone of the detector to train: {names}", type=backbone, metavar="BACKBONE")
-    add("--teacher", "backbone of the teacher; none: train the student plainly", type=backbone, metavar="BACKBONE")
+    add("--teacher", "its backbone; without it the student is trained plainly", type=backbone, metavar="BACKBONE")
     add("--teacher-weights", "its checkpoint (default: trained first); coco: torchvision's r50", metavar="FILE")
     add("--teacher-epochs", "of a teacher that is trained first; 0: the student's", type=count, default=0, metavar="N")
     add("--student-weights", "checkpoint that the student starts from", metavar="FILE")

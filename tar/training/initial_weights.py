@@ -2,8 +2,15 @@
 
 from tar import UserError
 from tar.data.datasets import difference
+from tar.detectors.build import build_detector
 from tar.detectors.coco_teacher import build_coco_teacher
 from tar.training import checkpoint
+from tar.training.flags import build_of
+
+
+def check_student(args):
+    """Builds the student of the flags and lets it go: what is wrong with it is said before another run is trained."""
+    build_detector(**build_of(args, args.student, num_classes=1))
 
 
 def read_teacher(args, classes):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tar import UserError
 from tar.training import checkpoint
-from tar.training.flags import DISTILLATION, ONLY_OF
+from tar.training.flags import COCO_FILES, DISTILLATION, ONLY_OF
 
 # Flags that do not change what a run computes, and flags that mean nothing to a plain student.
 INCIDENTAL = {
@@ -16,6 +16,7 @@ INCIDENTAL = {
     *("max_bad_steps", "check_data", "no_backbone", "no_cls", "no_reg", "recipe", "table", "seeds"),
 }
 TEACHING = {"teacher", "teacher_weights", *DISTILLATION}
+PATHS = ("data_path", *COCO_FILES, "backbone_weights", "student_weights", "teacher_weights")
 
 
 def changed(args, **changes):
@@ -33,7 +34,8 @@ def settings_of(args, process):
     """Everything that decides what a run computes: {flag: plain value}."""
     left_out = INCIDENTAL.union(*(names for dataset, names in ONLY_OF.items() if dataset != args.dataset))
     left_out = left_out.union(() if args.teacher else TEACHING, ["data_path"] if args.dataset == "shapes" else ())
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in left_out}
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
+    settings |= {k: str(Path(settings[k])) for k in PATHS if settings.get(k)}  # data/ is data
     return {**settings, "amp": process.amp, "images_per_step": args.batch_size * process.world}
 
 

@@ -118,6 +118,12 @@ def test_which_file_an_entry_of_a_list_means(folder, entry, files, found):
             load_dataset("voc", folder)
 
 
+def test_all_images_that_are_missing_are_counted(folder):
+    (folder / "ImageSets/Main/trainval.txt").write_text("a\n1\nb\nc\n")
+    with pytest.raises(UserError, match=r"no image 'a' \(of 3: 'b', 'c'\), but .*trainval.txt lists it"):
+        load_dataset("voc", folder)
+
+
 def test_the_image_that_the_xml_names_and_an_xml_with_two_suffixes_are_used(folder):
     Image.new("RGB", (40, 30)).save(folder / "JPEGImages/1.png")
     text = (folder / "Annotations/1.xml").read_text()

@@ -138,7 +138,7 @@ def test_predict_draws_and_writes_what_the_detector_says(voc, tmp_path, capsys):
     assert mine[0]["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], abs=1e-3)
     assert sorted(p.name for p in out.glob("*.png")) == ["000002-one.png", "000003-two.png"]
     assert "Left out: " in printed and "broken.jpg" in printed
-    assert f"{len(found['annotations'])} detections on 2 images" in printed
+    assert f"{len(found['annotations'])} detections at 0.05 or more on 2 images" in printed
 
 
 def test_compare_prints_figures_and_classes(voc, tmp_path, capsys):
@@ -151,7 +151,7 @@ def test_compare_prints_figures_and_classes(voc, tmp_path, capsys):
     assert "| disc " in out and "difference" in out
 
 
-def test_a_report_is_one_whole_page(voc, tmp_path):
+def test_a_report_is_one_whole_page(voc, tmp_path, capsys):
     call(eval_script.main, "--report", voc.teacher, voc.run, "--output", tmp_path, "--threads", 1)
     text = (tmp_path / "report.html").read_text()
     page = ElementTree.fromstring(text.removeprefix("<!doctype html>"))  # as XML: every element is closed
@@ -164,6 +164,7 @@ def test_a_report_is_one_whole_page(voc, tmp_path):
     call(eval_script.main, "--report", voc.run, "--output", tmp_path, "--data-path", tmp_path / "nowhere")
     text = (tmp_path / "report.html").read_text()
     assert "Left out: " in text and "<svg" in text and "<img" not in text
+    assert f"Pictures of {voc.run.name} are left out: {tmp_path}/nowhere: cannot find" in capsys.readouterr().out
 
 
 def test_charts():
@@ -183,7 +184,7 @@ def test_charts():
 def test_exported_detectors_say_the_same_without_this_package(kind, tmp_path):
     model = pair(kind)[0].eval()
     images = [*batch()[0], torch.rand(3, 91, 70)]
-    export(model, tmp_path / "model.pt")
+    assert "labels from 1: disc, square" in export(model, tmp_path / "model.pt", ("disc", "square"))
     with zipfile.ZipFile(tmp_path / "model.pt") as file:
         names = file.namelist()
     assert any("/__torch__/torchvision/" in name for name in names) and not any("/tar/" in name for name in names)

@@ -6,7 +6,11 @@ from tiny_runs import SMALL, call, write_voc
 
 import eval as evaluation
 import train
-from tar.training.process import set_up
+from tar.detectors.backbones import build_classifier
+from tar.pictures.images_to_show import flags_of
+from tar.training.flags import parse
+from tar.training.process import Process, set_up
+from tar.training.run_folder import run_name
 
 
 def wrong(capsys, main, *flags):
@@ -21,7 +25,7 @@ def wrong(capsys, main, *flags):
 
 def test_a_missing_checkpoint_and_a_folder_to_evaluate(capsys, tmp_path):
     assert "no such checkpoint" in wrong(capsys, evaluation.main, "--weights", tmp_path / "none.pth")
-    assert "Is a directory" in wrong(capsys, evaluation.main, "--weights", tmp_path)
+    assert "a folder; give the last.pth in it" in wrong(capsys, evaluation.main, "--weights", tmp_path)
 
 
 def test_a_run_folder_of_other_settings(capsys, plain):
@@ -44,6 +48,31 @@ def test_a_wrong_flag_does_not_occupy_the_run_folder(capsys, tmp_path):
     flags = [*SMALL, "--student", "r10", "--output", tmp_path / "run"]
     assert "none.pth" in wrong(capsys, train.main, *flags, "--backbone-weights", tmp_path / "none.pth")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_built_is_said_before_another_is_trained(capsys, tmp_path):
+    weights, runs = tmp_path / "weights", tmp_path / "runs"
+    weights.mkdir()
+    (weights / "r18.pth").write_bytes(b"")
+    flags = [*SMALL, "--backbone-weights", weights, "--output"]
+    line = wrong(capsys, train.main, *flags, runs / "student", "--student", "r10", "--teacher", "r18")
+    assert f"{weights}/r10.pth: no such file" in line
+    torch.save(build_classifier("r10").state_dict(), weights / "r10.pth")
+    assert f"{weights}/r18.pth: not a state dict" in wrong(capsys, train.main, *flags, runs, "--table", "claim")
+    assert not runs.exists()
+
+
+def test_a_folder_spelt_in_another_way_is_the_same_run():
+    process = Process(0, 1, torch.device("cpu"), "none")
+    names = {
+        run_name(parse(["--dataset", "voc", "--student", "r10", "--data-path", p]), process) for p in ("a", "./a/")
+    }
+    assert len(names) == 1
+
+
+def test_another_data_folder_has_its_own_files():
+    moved = flags_of({"val_json": "old/val.json", "val_images": "old"}, data_path="new", val_images="images")
+    assert (moved.data_path, moved.val_json, moved.val_images) == ("new", None, "images")
 
 
 def test_a_single_gpu_is_chosen_without_an_index(monkeypatch):
