@@ -63,7 +63,9 @@ def read_voc(data_path, years, split):
         folders = [folder for folder in folders if os.path.isdir(folder / "JPEGImages")]
         if not folders:
             wanted = f"JPEGImages or VOCdevkit/VOC{year}/JPEGImages"
-            raise UserError(f"{data_path}: cannot find {wanted} here; give --data-path DIR, or --download to fetch VOC")
+            raise UserError(
+                f"{data_path}: cannot find {wanted} here; give --data-path DIR (train.py --download fetches VOC)"
+            )
         lists.append(folders[0] / LIST.format(split))
     if split in ("test", "val"):
         lists = [file for file in lists if os.path.isfile(file)] or lists[:1]

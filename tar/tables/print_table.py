@@ -18,7 +18,7 @@ FIGURES = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", "voc07": "VOC07 mAP", "vo
 def read_table(file):
     """A table from its file; UserError if the file holds none."""
     table = read_json(file)
-    if not isinstance(table, dict) or not {"rows", "split"} <= table.keys():
+    if not isinstance(table, dict) or not {"rows", "split", "dataset", "detector", "papers"} <= table.keys():
         raise UserError(f"{file}: not a table of train.py --table")
     return table
 
@@ -44,7 +44,7 @@ def table_text(table):
         lines.append(line)
     most = max(len(row["runs"]) for row in rows)
     seeds = f"mean ± standard deviation of {most} seeds" if most > 1 else "one seed"
-    about = f"""{table["test_images"]} test images of {table["dataset"]}, {table["detector"]}; {seeds}.
+    about = f"""{table["test_images"]} {table["split"]} images of {table["dataset"]}, {table["detector"]}; {seeds}.
 Over plain, equal cost, teacher: the gain in {FIGURES[main]} / AP50, seed by seed, over the plain student of the same
 epochs, over the plain student that costs as much, over the run's own teacher.
 Cost: in plain trainings of the same epochs. Gate open: percent of the positives, by quarter of the run."""

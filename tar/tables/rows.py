@@ -106,7 +106,12 @@ def command_of(args):
     words = ["--student", args.student]
     for name, default in (("dataset", "shapes"), ("detector", "faster-rcnn"), ("recipe", None)):
         words += [f"--{name}", getattr(args, name)] * (getattr(args, name) != default)
-    apart = {"table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student"}
+    before = vars(parse(words))
+    first = ["backbone_weights", "optimizer", *(("backbone_norm", "decay") if args.teacher else ())]
+    for name in first:  # other flags' defaults hang on these
+        words += [f"--{name.replace('_', '-')}", str(getattr(args, name))] * (getattr(args, name) != before[name])
+    words += ["--teacher", args.teacher] if args.teacher else []
+    apart = {*first, "teacher", "table", "seeds", "seed", "recipe", "output", "dataset", "detector", "student"}
     apart |= {f"weight_{level}" for level in LEVELS if getattr(args, f"no_{level}")}  # --no-LEVEL says it
     apart |= set() if args.teacher else {*DISTILLATION, *(f"no_{level}" for level in LEVELS)}
     for name, usual in vars(parse(words)).items():

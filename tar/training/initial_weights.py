@@ -1,5 +1,7 @@
 """Whose weights a run starts from: the teacher's, a checkpoint's, torchvision's."""
 
+from pathlib import Path
+
 from tar import UserError
 from tar.data.datasets import difference
 from tar.detectors.build import build_detector
@@ -14,18 +16,25 @@ def check_student(args):
 
 
 def read_teacher(args, classes):
-    """The teacher of --teacher-weights, and its checkpoint; UserError if it is not what the flags and the data say."""
+    """The teacher of --teacher-weights, and its checkpoint; UserError if it is not what the flags and the data say.
+
+    classes: of the data; None where they are not known yet.
+    """
     if args.teacher_weights == "coco":
         teacher, build = build_coco_teacher(args.detector, classes, *args.size)
         saved = {"build": build, "classes": list(classes), "settings": {}}
     else:
-        teacher, saved = checkpoint.load_detector(args.teacher_weights)
+        try:
+            teacher, saved = checkpoint.load_detector(args.teacher_weights)
+        except UserError as error:
+            folder = Path(args.teacher_weights).parent
+            raise UserError(f"{error}; if {folder} is the teacher's run, remove it to train it anew") from None
     build = saved["build"]
     said = {"detector": args.detector, "backbone": args.teacher}
     if args.detector == "retinanet":  # both models' heads run on the anchors
         said["anchor_scale"] = args.anchor_scale
     wrong = [f"its {name} is {build[name]}, not {value}" for name, value in said.items() if build[name] != value]
-    if list(classes) != saved["classes"]:
+    if classes is not None and list(classes) != saved["classes"]:
         wrong.append(f"its classes are others: {difference(classes, saved['classes'])}")
     if wrong:
         raise UserError(f"{args.teacher_weights}: not the teacher of the flags and the data: {wrong[0]}")

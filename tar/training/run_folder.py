@@ -1,6 +1,7 @@
 """A run's folder: config.json, log.jsonl, last.pth and result.json, and what tells one run from another."""
 
 import contextlib
+import errno
 import hashlib
 import json
 from argparse import Namespace
@@ -10,6 +11,12 @@ from tar import UserError
 from tar.training import checkpoint
 from tar.training.flags import COCO_FILES, DISTILLATION, ONLY_OF
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCKS = []  # open files, which hold the locks of this process
 # Flags that do not change what a run computes, and flags that mean nothing to a plain student.
 INCIDENTAL = {
     *("output", "device", "threads", "deterministic", "workers", "download", "log_every", "save_every"),
@@ -36,7 +43,14 @@ def settings_of(args, process):
     left_out = left_out.union(() if args.teacher else TEACHING, ["data_path"] if args.dataset == "shapes" else ())
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     settings |= {k: str(Path(settings[k])) for k in PATHS if settings.get(k)}  # data/ is data
+    if args.teacher and args.teacher_weights:
+        settings["teacher_digest"] = checkpoint.digest(args.teacher_weights)
     return {**settings, "amp": process.amp, "images_per_step": args.batch_size * process.world}
+
+
+def identity(settings):
+    """The settings that tell runs apart: the teacher counts by its content, not by its path."""
+    return {k: v for k, v in settings.items() if k != "teacher_weights" or v == "coco"}
 
 
 def run_name(args, process):
@@ -44,7 +58,8 @@ def run_name(args, process):
     where = Path(args.train_json).parent if args.train_json else Path(args.data_path)
     data = args.dataset if args.dataset == "shapes" else where.resolve().name
     model = (f"{args.student}-tar-{args.teacher}" if args.teacher else args.student).replace("timm/", "")
-    digest = hashlib.sha256(json.dumps(settings_of(args, process), sort_keys=True).encode()).hexdigest()[:6]
+    settings = json.dumps(identity(settings_of(args, process)), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:6]
     return f"{data}-{args.detector}-{model}-{args.epochs}e-seed{args.seed}-{digest}"
 
 
@@ -54,12 +69,15 @@ def finished_result(output, settings):
     if not config.is_file():
         return None
     before = read_json(config)
-    before = before if isinstance(before, dict) else {}
-    other = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+    before, now = identity(before if isinstance(before, dict) else {}), identity(settings)
+    other = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if other:
-        shown = ", ".join(f"{k} {before.get(k)} (now {settings.get(k)})" for k in other[:3])
+        shown = ", ".join(f"{k} {before.get(k)} (now {now.get(k)})" for k in other[:3])
         raise UserError(f"{config}: a run of other settings is there: {shown}; give another --output, or remove it")
-    return read_json(output / "result.json") if (output / "result.json").is_file() else None
+    try:
+        return read_json(output / "result.json") if (output / "result.json").is_file() else None
+    except UserError as error:
+        raise UserError(f"{error}; remove it: the run goes on from its checkpoint") from None
 
 
 def checkpoint_to_resume(output, settings, say):
@@ -77,7 +95,7 @@ def checkpoint_to_resume(output, settings, say):
             raise UserError(f"{error}; remove it to start the run anew") from error
         saved = checkpoint.load(files[1])
         say(f"{error}: going on from {files[1]}")
-    if saved["settings"] != settings:
+    if identity(saved["settings"]) != identity(settings):
         raise UserError(f"{files[0]}: of a run of other settings; give another --output, or remove it")
     return saved
 
@@ -91,6 +109,7 @@ def begin_run(output, settings, step, measured):
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+    hold(output)
     checkpoint.save_json(output / "config.json", settings)
     log, kept = output / "log.jsonl", []
     if not log.is_file():
@@ -101,6 +120,19 @@ def begin_run(output, settings, step, measured):
             if line["step"] < step or (line["step"] == step and (measured or "metrics" not in line)):
                 kept.append(text + "\n")
     checkpoint.save_text(log, "".join(kept))
+
+
+def hold(output):
+    """Locks a run's folder until this process ends; UserError if another process trains the run."""
+    try:
+        LOCKS.append(open(output / ".lock", "w"))  # noqa: SIM115
+        if fcntl:
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader processes do not inherit
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{output}: another process trains this run; wait for it, or give another --output"
+            ) from None
 
 
 def read_json(path):

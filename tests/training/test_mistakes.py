@@ -1,16 +1,21 @@
 """A user's mistakes on the command line: one line that says what is wrong, exit code 2, nothing lost, nothing run."""
 
+import multiprocessing
+import time
+
 import pytest
 import torch
 from tiny_runs import SMALL, call, write_voc
 
 import eval as evaluation
 import train
+from tar import UserError
 from tar.detectors.backbones import build_classifier
 from tar.pictures.images_to_show import flags_of
+from tar.training import checkpoint
 from tar.training.flags import parse
 from tar.training.process import Process, set_up
-from tar.training.run_folder import run_name
+from tar.training.run_folder import hold, run_name
 
 
 def wrong(capsys, main, *flags):
@@ -68,6 +73,28 @@ def test_a_folder_spelt_in_another_way_is_the_same_run():
         run_name(parse(["--dataset", "voc", "--student", "r10", "--data-path", p]), process) for p in ("a", "./a/")
     }
     assert len(names) == 1
+
+
+def test_a_teacher_counts_by_its_content(tmp_path):
+    for name, epochs in (("a.pth", 1), ("b.pth", 1), ("c.pth", 2)):
+        checkpoint.save(tmp_path / name, {"epochs": epochs, "model": {"w": torch.ones(3)}})
+    flags = ["--student", "r10", "--teacher", "r18", "--teacher-weights"]
+    process = Process(0, 1, torch.device("cpu"), "none")
+    a, b, c = (run_name(parse([*flags, str(tmp_path / name)]), process) for name in ("a.pth", "b.pth", "c.pth"))
+    assert a == b != c
+
+
+def test_a_run_that_another_process_trains_is_refused(tmp_path):
+    fork, held = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").Event()
+    other = fork.Process(target=lambda: (hold(tmp_path), held.set(), time.sleep(60)), daemon=True)
+    other.start()
+    assert held.wait(30)
+    with pytest.raises(UserError, match="another process trains this run"):
+        hold(tmp_path)
+    other.kill()
+    other.join()
+    hold(tmp_path)
+    hold(tmp_path)  # one process may train it twice
 
 
 def test_another_data_folder_has_its_own_files():
