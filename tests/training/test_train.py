@@ -23,7 +23,7 @@ def config_of(run):
 
 
 def test_a_run_leaves_its_files_and_says_what_was_measured(plain):
-    files = {"config.json", "log.jsonl", "last.pth", "previous.pth", "result.json"}
+    files = {".lock", "config.json", "log.jsonl", "last.pth", "previous.pth", "result.json"}
     assert {p.name for p in plain.run.iterdir()} == files
     config, result = config_of(plain.run), read_result(plain.run)
     assert (config["student"], config["lr"], config["size"], config["epochs"]) == ("r10", 0.004, [64, 64], 2)
