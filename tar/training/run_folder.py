@@ -38,13 +38,13 @@ def teacher_of(args):
 
 
 def settings_of(args, process):
-    """Everything that decides what a run computes: {flag: plain value}."""
+    """Everything that decides what a run computes: {flag: plain value}, and teacher_digest, its checkpoint's content."""
     left_out = INCIDENTAL.union(*(names for dataset, names in ONLY_OF.items() if dataset != args.dataset))
     left_out = left_out.union(() if args.teacher else TEACHING, ["data_path"] if args.dataset == "shapes" else ())
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
     settings |= {k: str(Path(settings[k])) for k in PATHS if settings.get(k)}  # data/ is data
     if args.teacher and args.teacher_weights:
-        settings["teacher_digest"] = checkpoint.digest(args.teacher_weights)
+        settings["teacher_digest"] = process.shared(process.on_main(checkpoint.digest, args.teacher_weights))
     return {**settings, "amp": process.amp, "images_per_step": args.batch_size * process.world}
 
 
