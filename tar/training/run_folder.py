@@ -38,7 +38,7 @@ def teacher_of(args):
 
 
 def settings_of(args, process):
-    """Everything that decides what a run computes: {flag: plain value}, and teacher_digest, its checkpoint's content."""
+    """Everything that decides what a run computes: {flag: plain value}, and teacher_digest, of its checkpoint."""
     left_out = INCIDENTAL.union(*(names for dataset, names in ONLY_OF.items() if dataset != args.dataset))
     left_out = left_out.union(() if args.teacher else TEACHING, ["data_path"] if args.dataset == "shapes" else ())
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
