@@ -39,9 +39,9 @@ def listed(names, most=5):
     return ", ".join(map(str, names[:most])) + ", ..." * (len(names) > most)
 
 
-def of_all(names):
-    """The first of some names, and how many there are."""
-    return f"{names[0]} (of {len(names)}: {listed(names[1:])})" if len(names) > 1 else names[0]
+def with_others(names):
+    """The first of some names, and how many others there are."""
+    return f"{names[0]} (and {len(names) - 1} more: {listed(names[1:])})" if len(names) > 1 else names[0]
 
 
 def counted(what, names):
@@ -104,7 +104,7 @@ class Source:
         self.sizes, self.files = sizes[self.kept], np.array([files[i] for i in self.kept], dtype=str)
         self.wide = (self.sizes[:, 0] > self.sizes[:, 1]).tolist()
         if missing := [file for file in self.files if not os.path.isfile(file)]:
-            raise UserError(f"{of_all(missing)}: no such image, but {list_file} lists it")
+            raise UserError(f"{with_others(missing)}: no such image, but {list_file} lists it")
         used = np.unique(self.labels[~self.ignored])
         unused = [name for label, name in enumerate(self.classes, 1) if label not in used]
         self.notes += [f"classes without a box: {listed(unused, 10)}"] if unused else []

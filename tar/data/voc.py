@@ -11,7 +11,7 @@ from torchvision.datasets import VOCDetection
 from tar import UserError, one_line
 from tar.data.file_names import Files, stem_parts
 from tar.data.image_files import suffixes
-from tar.data.source import Source, counted, is_true, listed, number, of_all
+from tar.data.source import Source, counted, is_true, listed, number, with_others
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -89,7 +89,7 @@ def _listed_images(list_file):
         else:
             missing.append(repr(entry))
     if missing:
-        raise UserError(f"{images.folder}: no image {of_all(missing)}, but {list_file} lists it")
+        raise UserError(f"{images.folder}: no image {with_others(missing)}, but {list_file} lists it")
 
 
 def read_list(file):

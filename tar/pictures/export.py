@@ -17,7 +17,7 @@ from tar.data.source import listed
 
 
 def export(model, file, classes):
-    """Writes a detector to FILE.pt (TorchScript) or FILE.onnx, and returns how it is used, in words.
+    """Writes a detector to FILE.pt (TorchScript) or FILE.onnx; returns how it is used, a line for the user.
 
     UserError: another suffix, no onnx package, or a file that cannot be written.
     """

@@ -38,10 +38,12 @@ def run_table(args, process, train):
         if with_teacher and row.changes.get("teacher"):
             text = "its rows name their teachers, which are trained first; leave --teacher and --teacher-weights out"
             raise UserError(f"--table {args.table}: {text}")
-        first = parent / (row.folder or run_name(row.flags(args), process))
-        if row.kind in (PLAIN, TEACHER) and not (first / "result.json").is_file():
-            process.main_first(check_student, row.flags(args))
+        if row.kind in (PLAIN, TEACHER):
+            folder = parent / (row.folder or run_name(row.flags(args), process))
+            if not (folder / "last.pth").is_file():
+                process.main_first(check_student, row.flags(args))
     table = {"table": args.table or "demo", "dataset": args.dataset, "detector": args.detector, "split": args.split}
+    of_paper = args.dataset == TABLE_DATASETS.get(args.table)
     process.runs_ahead = 0.0 if args.table else ALL_OVER_TEACHER
     split = "" if args.split == "test" else f"-{args.split}"
     file = parent / f"table-{table['table']}-{args.dataset}{split}-{args.detector}.json"
@@ -56,10 +58,8 @@ def run_table(args, process, train):
             *_, result = results.values()
             process.runs_ahead = 0.0
             row.runs.append(process.shared(process.on_main(summary_of, result, folder, seed)))
-        table["test_images"], paper = result["test_images"], args.dataset == TABLE_DATASETS.get(args.table)
-        table["papers"] = (
-            paper and len(result["per_class"]) == CLASSES[args.dataset]
-        )  # else its figures are of other data
+        table["test_images"] = result["test_images"]  # and the paper's figures, if the classes are those of its data
+        table["papers"] = of_paper and len(result["per_class"]) == CLASSES[args.dataset]
         table["rows"] = [{k: v for k, v in vars(row).items() if k not in ("changes", "folder")} for row in rows]
         process.on_main(checkpoint.save_text, file, json.dumps(table) + "\n")
     process.say("\n" + table_text(table))

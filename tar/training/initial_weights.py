@@ -27,8 +27,9 @@ def read_teacher(args, classes):
         try:
             teacher, saved = checkpoint.load_detector(args.teacher_weights)
         except UserError as error:
-            folder = Path(args.teacher_weights).parent
-            raise UserError(f"{error}; if {folder} is the teacher's run, remove it to train it anew") from None
+            ended = Path(args.teacher_weights).with_name("result.json")
+            remedy = f"; remove {ended}: the teacher then goes on from an earlier checkpoint, or begins anew"
+            raise UserError(f"{error}{remedy if ended.is_file() else ''}") from None
     build = saved["build"]
     said = {"detector": args.detector, "backbone": args.teacher}
     if args.detector == "retinanet":  # both models' heads run on the anchors

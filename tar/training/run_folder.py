@@ -38,7 +38,7 @@ def teacher_of(args):
 
 
 def settings_of(args, process):
-    """Everything that decides what a run computes: {flag: plain value}, and teacher_digest, of its checkpoint."""
+    """Everything that decides what a run computes: {flag: plain value}; teacher_digest: see checkpoint.digest()."""
     left_out = INCIDENTAL.union(*(names for dataset, names in ONLY_OF.items() if dataset != args.dataset))
     left_out = left_out.union(() if args.teacher else TEACHING, ["data_path"] if args.dataset == "shapes" else ())
     settings = {k: v for k, v in vars(args).items() if k not in left_out}
@@ -107,9 +107,10 @@ def begin_run(output, settings, step, measured):
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        lock = open(output / ".lock", "w")  # noqa: SIM115  (held until this process ends)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
-    hold(output)
+    hold(lock, output)
     checkpoint.save_json(output / "config.json", settings)
     log, kept = output / "log.jsonl", []
     if not log.is_file():
@@ -122,17 +123,16 @@ def begin_run(output, settings, step, measured):
     checkpoint.save_text(log, "".join(kept))
 
 
-def hold(output):
-    """Locks a run's folder until this process ends; UserError if another process trains the run."""
+def hold(lock, output):
+    """Locks a run's folder by an open file until this process ends; UserError if another process trains the run."""
+    LOCKS.append(lock)
     try:
-        LOCKS.append(open(output / ".lock", "w"))  # noqa: SIM115
         if fcntl:
-            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # which loader processes do not inherit
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # loader processes do not inherit it
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(
-                f"{output}: another process trains this run; wait for it, or give another --output"
-            ) from None
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
+            text = "another process trains this run; wait for it, or give another --output"
+            raise UserError(f"{output}: {text}") from None
 
 
 def read_json(path):

@@ -120,7 +120,7 @@ def test_which_file_an_entry_of_a_list_means(folder, entry, files, found):
 
 def test_all_images_that_are_missing_are_counted(folder):
     (folder / "ImageSets/Main/trainval.txt").write_text("a\n1\nb\nc\n")
-    with pytest.raises(UserError, match=r"no image 'a' \(of 3: 'b', 'c'\), but .*trainval.txt lists it"):
+    with pytest.raises(UserError, match=r"no image 'a' \(and 2 more: 'b', 'c'\), but .*trainval.txt lists it"):
         load_dataset("voc", folder)
 
 

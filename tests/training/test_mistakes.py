@@ -15,7 +15,7 @@ from tar.pictures.images_to_show import flags_of
 from tar.training import checkpoint
 from tar.training.flags import parse
 from tar.training.process import Process, set_up
-from tar.training.run_folder import hold, run_name
+from tar.training.run_folder import begin_run, run_name
 
 
 def wrong(capsys, main, *flags):
@@ -85,16 +85,27 @@ def test_a_teacher_counts_by_its_content(tmp_path):
 
 
 def test_a_run_that_another_process_trains_is_refused(tmp_path):
+    def begin():
+        begin_run(tmp_path, {}, 0, measured=False)
+
     fork, held = multiprocessing.get_context("fork"), multiprocessing.get_context("fork").Event()
-    other = fork.Process(target=lambda: (hold(tmp_path), held.set(), time.sleep(60)), daemon=True)
+    other = fork.Process(target=lambda: (begin(), held.set(), time.sleep(60)), daemon=True)
     other.start()
     assert held.wait(30)
     with pytest.raises(UserError, match="another process trains this run"):
-        hold(tmp_path)
+        begin()
     other.kill()
     other.join()
-    hold(tmp_path)
-    hold(tmp_path)  # one process may train it twice
+    begin()
+    begin()  # one process may train it twice
+
+
+def test_a_damaged_teacher_that_has_ended_can_be_trained_on(capsys, plain, tmp_path):
+    (tmp_path / "last.pth").write_bytes(b"rubbish")
+    flags = [*plain.flags, "--teacher", "r18", "--teacher-weights", tmp_path / "last.pth", "--output", tmp_path / "run"]
+    assert "result.json" not in wrong(capsys, train.main, *flags)
+    (tmp_path / "result.json").write_text("{}")
+    assert f"remove {tmp_path}/result.json: the teacher then goes on" in wrong(capsys, train.main, *flags)
 
 
 def test_another_data_folder_has_its_own_files():
